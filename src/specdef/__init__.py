@@ -1,0 +1,62 @@
+"""Lock open weights against training, audit the lock, predict convergence, diagnose alignment fragility.
+
+Names are imported on first use, so that `import specdef` and `specdef --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specdef.errors import CertificateMismatch as CertificateMismatch
+    from specdef.errors import CheckpointError as CheckpointError
+    from specdef.errors import KeyMismatch as KeyMismatch
+    from specdef.errors import NotConverged as NotConverged
+    from specdef.errors import SelectionError as SelectionError
+    from specdef.errors import SpecDefError as SpecDefError
+    from specdef.lock.authorised import authorised as authorised
+    from specdef.lock.authorised import save_locked as save_locked
+    from specdef.lock.certificate import LockCertificate as LockCertificate
+    from specdef.lock.config import LockConfig as LockConfig
+    from specdef.lock.key import Key as Key
+    from specdef.lock.key import load_key as load_key
+    from specdef.lock.load import load_model as load_model
+    from specdef.lock.lock import LockedModel as LockedModel
+    from specdef.lock.lock import lock_checkpoint as lock_checkpoint
+    from specdef.lock.lock import lock_model as lock_model
+    from specdef.lock.lock import plan_lock as plan_lock
+    from specdef.lock.unlock import unlock_checkpoint as unlock_checkpoint
+    from specdef.lock.verify import Verification as Verification
+    from specdef.lock.verify import verify_checkpoint as verify_checkpoint
+    from specdef.spectral.topk import topk_svd as topk_svd
+
+_HOME = {
+    "specdef.errors": (
+        "CertificateMismatch", "CheckpointError", "KeyMismatch", "NotConverged", "SelectionError", "SpecDefError",
+    ),
+    "specdef.lock.authorised": ("authorised", "save_locked"),
+    "specdef.lock.certificate": ("LockCertificate",),
+    "specdef.lock.config": ("LockConfig",),
+    "specdef.lock.key": ("Key", "load_key"),
+    "specdef.lock.load": ("load_model",),
+    "specdef.lock.lock": ("LockedModel", "lock_checkpoint", "lock_model", "plan_lock"),
+    "specdef.lock.unlock": ("unlock_checkpoint",),
+    "specdef.lock.verify": ("Verification", "verify_checkpoint"),
+    "specdef.spectral.topk": ("topk_svd",),
+}  # fmt: skip
+_LAZY = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_LAZY)  # pyright: ignore[reportUnsupportedDunderAll]
+__version__ = version("specdef")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'specdef' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

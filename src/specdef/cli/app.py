@@ -1,0 +1,78 @@
+"""The command line: one executable, one file per verb; torch is imported inside the verbs only."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from specdef import __version__
+from specdef.cli import inspect as inspect_verb
+from specdef.cli import lock as lock_verb
+from specdef.cli import unlock as unlock_verb
+from specdef.cli import verify as verify_verb
+from specdef.cli.common import report_error
+from specdef.errors import SpecDefError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Lock open weights against training, check the lock, undo it with the key.",
+    epilog="Exit codes: 0 done, 1 a finding, 2 bad input, 3 did not converge.",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"specdef {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+app.command("inspect")(inspect_verb.inspect)
+app.command("lock")(lock_verb.lock)
+app.command("verify")(verify_verb.verify)
+app.command("unlock")(unlock_verb.unlock)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        argv: Arguments behind the program's name; None takes sys.argv.
+
+    Raises:
+        SystemExit: Always, with the exit code.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        app(args=arguments, prog_name="specdef")
+    except SpecDefError as error:
+        report_error(error, as_json="--json" in arguments)
+        raise SystemExit(error.exit_code) from None
+    except ValueError as error:
+        # argument mistakes of the library; anything else that raises ValueError is a bug and shows its traceback
+        if type(error) is not ValueError:
+            raise
+        report_error(error, as_json="--json" in arguments)
+        raise SystemExit(2) from None
+    except MemoryError as error:
+        report_error(error, as_json="--json" in arguments)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was left behind", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

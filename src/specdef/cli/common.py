@@ -1,0 +1,219 @@
+"""What the verbs share: options, progress, JSON, errors, and finding a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specdef.errors import CheckpointError, SpecDefError
+
+HUB_PATTERNS = [
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.md",
+    "LICENSE*",
+    "*.tiktoken",
+]
+
+
+def load_defaults(ctx: typer.Context, value: Path | None) -> Path | None:
+    """Take option values from a TOML file; what stands on the command line wins.
+
+    Args:
+        ctx: The verb's context.
+        value: The file; its table [verb] (or, without one, its top level) names options with underscores.
+
+    Returns:
+        The file.
+
+    Raises:
+        SpecDefError: The file cannot be read or names an option the verb lacks.
+    """
+    if value is None:
+        return None
+    try:
+        table = tomllib.loads(value.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error.strerror})", path=value) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"is not valid TOML ({error})", path=value) from error
+    name = ctx.info_name or ""
+    values = table.get(name, {k: v for k, v in table.items() if not isinstance(v, dict)})
+    known = {parameter.name for parameter in ctx.command.params}
+    for key in values:
+        if key.replace("-", "_") not in known:
+            raise SpecDefError(
+                f"{value}: `{name}` has no option {key!r}",
+                hint=f"`specdef {name} --help` lists the options.",
+            )
+    ctx.default_map = {
+        **(ctx.default_map or {}),
+        **{k.replace("-", "_"): v for k, v in values.items()},
+    }
+    return value
+
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout; human text goes to stderr.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=load_defaults,
+        is_eager=True,
+        help="TOML file with option values for the verb.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seeds whatever is drawn.")]
+Device = Annotated[str, typer.Option("--device", help="Where models run: cpu, cuda, cuda:1, …")]
+
+
+def say(text: str) -> None:
+    """Print human text to stderr."""
+    typer.echo(text, err=True)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Print one JSON object to stdout; NaN and infinity become null."""
+    typer.echo(json.dumps(_finite(values), indent=1, default=str, allow_nan=False))
+
+
+def report_error(error: BaseException, *, as_json: bool) -> None:
+    """Print an error: what was found, where, and what to do next."""
+    hint = getattr(error, "hint", "")
+    text = str(error) or type(error).__name__
+    typer.echo(f"error: {text}", err=True)
+    if hint:
+        typer.echo(f"  -> {hint}", err=True)
+    if as_json:
+        print_json({"error": text, "type": type(error).__name__, "hint": hint})
+
+
+def find_model(name: str, *, quiet: bool = False) -> Path:
+    """Return the folder of a model, fetching it from the hub if it is a hub id.
+
+    Args:
+        name: Local folder or hub id ("org/name").
+        quiet: Say nothing.
+
+    Returns:
+        A local folder.
+
+    Raises:
+        CheckpointError: There is no such folder or hub model, or the hub cannot be reached.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            "does not exist", path=name, hint="Name a model folder, or a hub id like org/name."
+        )
+    from huggingface_hub import snapshot_download
+
+    if not quiet:
+        say(f"{name} is no local folder; asking the Hugging Face hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except (
+        Exception
+    ) as error:  # the hub client raises many kinds, and all of them mean the same here
+        raise CheckpointError(
+            f"is no local folder, and the hub did not give it ({type(error).__name__})", path=name,
+            hint="Check the name and the network, or download the model first.",
+        ) from error  # fmt: skip
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Read "0,3,8-11".
+
+    Args:
+        text: Comma-separated indices and ranges; None stays None.
+
+    Returns:
+        The indices.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if text is None:
+        return None
+    out: list[int] = []
+    for part in str(text).split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"--layers takes indices and ranges like 0,3,8-11, got {text!r}.")
+        out += range(int(first), int(last if dash else first) + 1)
+    return tuple(dict.fromkeys(out))
+
+
+def parse_list(text: str | None) -> tuple[str, ...] | None:
+    """Read a comma-separated list; None stays None."""
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if text else None
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """Show progress on stderr: a bar on a terminal, a line every few seconds elsewhere.
+
+    Args:
+        label: What is being done.
+
+    Yields:
+        (progress, status): callbacks for (done, total) in bytes, and for what is being worked on.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+            console=Console(stderr=True), transient=True,
+        ) as bar:  # fmt: skip
+            task = bar.add_task(label, total=None)
+            yield (
+                lambda done, total: bar.update(task, completed=done, total=total),
+                lambda text: bar.update(task, description=f"{label}: {text}"),
+            )
+        return
+    last = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            say(f"{label}: {done / max(total, 1):.0%}")
+
+    yield line, lambda text: say(f"{label}: {text}")
+
+
+def human_bytes(n: float) -> str:
+    """Write a size in MB or GB."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

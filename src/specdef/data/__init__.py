@@ -1,0 +1,1 @@
+"""Texts the demo and the calibration use."""

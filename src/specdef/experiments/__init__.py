@@ -1,0 +1,1 @@
+"""Experiments: short scripts over the public API."""

@@ -1,0 +1,1 @@
+"""Locks: methods, key, certificate, unlock, verify, authorised training."""

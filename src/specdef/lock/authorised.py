@@ -1,0 +1,193 @@
+"""Authorised training: with the key, a locked model trains at full speed without an unlocked copy ever being saved.
+
+model = specdef.load_model("locked")
+with specdef.authorised(model, "locked.key.safetensors"):
+    train(model)                                   # unlocked in memory, here and nowhere else
+specdef.save_locked(model, "locked-v2", "locked.key.safetensors", like="locked")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from specdef.errors import CheckpointError, SpecDefError
+from specdef.lock.calibrate import resolve_parameter
+from specdef.lock.card import write_card
+from specdef.lock.certificate import LockCertificate, load_certificate, table_digest, tool_versions
+from specdef.lock.compensated import compensated_layers, module_path
+from specdef.lock.key import Key, load_key, require_match
+from specdef.lock.lock import other_files_sha256
+from specdef.lock.projected import scaled_matrix
+from specdef.lock.unlock import inverse_edits, restore_matrix
+from specdef.weights.atomic import atomic_folder
+from specdef.weights.checkpoint import (
+    COMPENSATION_NAME,
+    TORCH_DTYPES,
+    Checkpoint,
+)
+from specdef.weights.edit import ReplaceEdit, ScaleEdit
+from specdef.weights.rewrite import copy_other_files, rewrite_tensors
+
+
+@contextmanager
+def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
+    """Unlock a model in memory for the length of a `with` block, and lock it again on the way out.
+
+    Parameters stay the same objects, so build the optimiser inside the block (its state belongs to the unlocked scale).
+    The model is locked again also when the block raises.
+
+    Args:
+        model: A locked model: from `load_model`, `from_pretrained` or `lock_model`.
+        key: Its key, or the path.
+
+    Yields:
+        The same model, unlocked.
+
+    Raises:
+        SpecDefError: The key does not fit the model, or the trained weights cannot be locked exactly with it.
+    """
+    key = key if isinstance(key, Key) else load_key(key)
+    if key.method == "scaled":
+        raise SpecDefError(
+            "a scaled lock does not preserve the function, so there is nothing to train"
+        )
+    weights = {name: _weight(model, name) for name in (*key.scalings, *key.projections)}
+    layers = compensated_layers(model)
+    modules = [
+        layers[path] for name in key.projections if (path := module_path(model, name)) in layers
+    ]
+    if len(modules) != len(key.projections):
+        raise SpecDefError(
+            "the model lacks inserted layers of this key", hint="Load it with specdef.load_model."
+        )
+    stored = {name: weight.dtype for name, weight in weights.items()}
+    with torch.no_grad():
+        # every tensor is computed before any is changed: a key that does not fit leaves the model as it was
+        for weight, data in [
+            (weights[name], _scaled(weights[name], tuple(e.inverse() for e in edits), name))
+            for name, edits in key.scalings.items()
+        ]:
+            weight.copy_(data)
+        for name in key.projections:
+            weights[name].data = restore_matrix(key, name, weights[name].detach().cpu()).to(
+                weights[name].device
+            )
+    for module in modules:
+        module.unlocked = True
+        module.compensation.requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = (
+                None  # gradients of the unlocked weights mean nothing for the locked ones
+            )
+        with torch.no_grad():
+            relocked = [
+                (weights[n], _scaled(weights[n], edits, n)) for n, edits in key.scalings.items()
+            ]
+            for weight, data in relocked:
+                weight.copy_(data)
+            for name, projection in key.projections.items():
+                weight = weights[name]
+                weight.data = scaled_matrix(weight.detach(), projection).to(stored[name])
+        for module in modules:
+            module.unlocked = False
+            module.compensation.requires_grad_(True)
+
+
+def save_locked(
+    model: nn.Module, out: str | Path, key: Key | str | Path, *, like: str | Path
+) -> LockCertificate:
+    """Save a locked model that was trained with authorisation, with a new certificate for the same key.
+
+    Args:
+        model: The locked model (outside the `with authorised(…)` block).
+        out: Folder to create.
+        key: The key of its lock, or the path.
+        like: The locked folder it came from: layout, configuration, tokenizer and history are taken from there.
+
+    Returns:
+        The new certificate. `unlock_checkpoint(out, …, key)` gives the trained, unlocked weights.
+
+    Raises:
+        CheckpointError: A tensor of the folder is not in the model, has another shape, or the output cannot be written.
+        SpecDefError: The model is unlocked, or the key does not fit.
+    """
+    key = key if isinstance(key, Key) else load_key(key)
+    if any(layer.unlocked for layer in compensated_layers(model).values()):
+        raise SpecDefError(
+            "the model is unlocked", hint="Leave the `with specdef.authorised(…)` block first."
+        )
+    old = Checkpoint.open(like)
+    certificate = load_certificate(old.folder)
+    require_match(key, certificate.to_dict())
+    tensors = {name: _weight(model, name) for name in old.names}
+
+    def current(name: str) -> ReplaceEdit:
+        def compute(stored: Tensor) -> Tensor:
+            value = tensors[name].detach().cpu()
+            if value.shape != stored.shape:
+                raise CheckpointError(
+                    f"has shape {tuple(value.shape)} in the model", path=old.folder, tensor=name
+                )
+            return value.to(TORCH_DTYPES[old.info(name).dtype]).contiguous()
+
+        return ReplaceEdit(compute=compute)
+
+    with atomic_folder(Path(out)) as work:
+        written = rewrite_tensors(old, work, {name: current(name) for name in old.names}, workers=1)
+        copy_other_files(old, work)
+        if (old.folder / COMPENSATION_NAME).exists():
+            # C belongs to the key: unchanged by authorised training
+            (work / COMPENSATION_NAME).write_bytes((old.folder / COMPENSATION_NAME).read_bytes())
+        new = Checkpoint.open(work)
+        draft = _renewed(certificate, {n: (h.after, "") for n, h in written.items()}, work)
+        unlocked = rewrite_tensors(new, None, inverse_edits(key, draft), workers=1)
+        renewed = _renewed(certificate, {n: (h.before, h.after) for n, h in unlocked.items()}, work)
+        write_card(work, renewed)
+        renewed.write(work)
+    return renewed
+
+
+def _renewed(
+    old: LockCertificate, hashes: dict[str, tuple[str, str]], folder: Path
+) -> LockCertificate:
+    values = old.to_dict() | {
+        "tensors": {
+            n: {"sha256": after, "sha256_original": before} for n, (after, before) in hashes.items()
+        },
+        "source": {
+            "name": old.source["name"],
+            "sha256": table_digest({n: o for n, (_, o) in hashes.items()}),
+        },
+        "history": [*old.history, "authorised training"],
+        "files": other_files_sha256(folder),
+        "versions": tool_versions(),
+        "output_difference": {},
+    }
+    return LockCertificate(**values)
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    """Find the tensor a checkpoint calls `name`: a parameter, a buffer, or the weight inside an inserted pair."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        layer = None
+    if layer is not None and isinstance(getattr(layer, attribute, None), Tensor):
+        return getattr(layer, attribute)  # type: ignore[no-any-return]
+    return resolve_parameter(model, name)
+
+
+def _scaled(weight: Tensor, edits: tuple[ScaleEdit, ...], name: str) -> Tensor:
+    out = weight.detach().cpu().clone()
+    for edit in edits:
+        edit.apply(out, name=name)
+    return out

@@ -1,0 +1,71 @@
+"""The section a lock adds to the model card, and its removal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from specdef.lock.certificate import LockCertificate, count_kinds
+
+_BEGIN = "\n<!-- specdef:begin -->\n"
+_END = "<!-- specdef:end -->\n"
+
+
+def write_card(folder: Path, certificate: LockCertificate) -> None:
+    """Append the lock's section to README.md, replacing an older one.
+
+    Args:
+        folder: The model folder.
+        certificate: What to summarise.
+    """
+    path = folder / "README.md"
+    text = strip_card(path.read_bytes()) if path.exists() else b""
+    path.write_bytes(text + _section(certificate).encode())
+
+
+def remove_card(folder: Path) -> None:
+    """Take the section out again; a README.md that held nothing else goes.
+
+    Args:
+        folder: The model folder.
+    """
+    path = folder / "README.md"
+    if path.exists():
+        text = strip_card(path.read_bytes())
+        if text:
+            path.write_bytes(text)
+        else:
+            path.unlink()
+
+
+def strip_card(text: bytes) -> bytes:
+    """Return the text without our section, byte for byte what it was before."""
+    head, begin, rest = text.partition(_BEGIN.encode())
+    _, end, tail = rest.partition(_END.encode())
+    return head + tail if begin and end else text
+
+
+def _section(certificate: LockCertificate) -> str:
+    sites = certificate.sites
+    kinds = count_kinds(sites) if isinstance(sites, list) else sites
+    what = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    outputs = {
+        "absorbed": "equal to the original's bit for bit in float32 and bfloat16. Do not load it in float16",
+        "compensated": "equal to the original's up to rounding. Load it with `specdef.load_model`",
+        "scaled": "**not** those of the original",
+    }[certificate.method]
+    lines = [
+        "## Locked against training",
+        "",
+        f"The weights were locked with [specdef](https://pypi.org/project/specdef/) {certificate.versions.get('specdef', '')}, "
+        f"method `{certificate.method}`, at {what} sites; {certificate.tensors_changed} of {certificate.tensors_total} "
+        f"tensors were changed. Its outputs are {outputs}.",
+        "",
+        f"| | before | after |\n|---|---|---|\n| largest singular value of the most deformed matrix | "
+        f"{certificate.sigma_max_before:.4g} | {certificate.sigma_max_after:.4g} |",
+        "",
+        f"**What this does not stop.** {certificate.threat_model}",
+        "",
+        f"Check it yourself: `specdef verify THIS_FOLDER`. Lock id `{certificate.lock_id[:16]}`.",
+        "",
+    ]
+    return _BEGIN + "\n".join(lines) + _END

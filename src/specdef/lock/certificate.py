@@ -1,0 +1,198 @@
+"""The certificate: what was done to a model, beside its weights, checkable by anyone without the key.
+
+It names the method, the recipe, the versions, and the SHA-256 of every tensor before and after. It does not name the
+channels and exponents: those are in the key (though whoever looks at the weights can find them, see docs/limits.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdef.errors import CertificateMismatch, CheckpointError
+from specdef.weights.checkpoint import CERTIFICATE_NAME, read_json
+
+_FORMAT = "specdef-certificate-1"
+
+THREAT_MODEL = (
+    "This lock makes ordinary fine-tuning fail to converge. It is not encryption. An attacker who knows the method can "
+    "undo it: {undo}. It also does not stop distillation of the outputs into a fresh model. Measured strength, attack by "
+    "attack, is the audit's business (`specdef audit`), not this certificate's."
+)
+UNDO = {
+    "absorbed": "re-balancing each symmetric pair of tensors takes seconds and no data, and training with a learning "
+    "rate per column, masking the scaled columns, K-FAC, or training a part the lock does not reach also get around it",
+    "compensated": "merging each inserted layer into the matrix beside it, or freezing it, takes seconds and no data, "
+    "and inserting trainable identity layers or training elsewhere in the network also gets around it",
+    "scaled": "the function is not preserved, so there is nothing left to protect; the method serves theory alone",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockCertificate:
+    """What `specdef_certificate.json` holds.
+
+    Args:
+        method: The lock method.
+        config: The recipe.
+        lock_id: Identity of the transformation; the key has the same.
+        source: Name of the model and digest of all its tensors' hashes.
+        sites: What was locked: per site in the result of a lock, counts by kind in the file.
+        tensors: Tensor name to `sha256` and `sha256_original`.
+        files: Other files of the folder to SHA-256; the model card is left out, people edit it.
+        tensors_total: Number of tensors.
+        tensors_changed: How many of them the lock changed.
+        sigma_max_before: Largest singular value of the matrix where it is largest after the lock, before it.
+        sigma_max_after: The same after.
+        selection: How channels were chosen.
+        output_difference: dtype to largest absolute difference of the logits, where it was measured.
+        bit_identical: Whether the method promises outputs equal bit for bit (float32, bfloat16).
+        uncovered: Linear inputs the lock does not reach: number by reason.
+        dropped: Other copies of the weights in the source folder that were not carried over.
+        notes: Sentences the user should read.
+        threat_model: What the lock does not stop.
+        history: What happened to the weights: "locked", then one entry per authorised training.
+        versions: Versions of what made it.
+        seconds: Wall time of the lock.
+        key: Path of the key; never in the file.
+        certificate: Path of the certificate; never in the file.
+    """
+
+    method: str
+    config: dict[str, Any]
+    lock_id: str
+    source: dict[str, str]
+    sites: list[dict[str, Any]] | dict[str, int]
+    tensors: dict[str, dict[str, str]]
+    files: dict[str, str]
+    tensors_total: int
+    tensors_changed: int
+    sigma_max_before: float
+    sigma_max_after: float
+    selection: str
+    bit_identical: bool
+    uncovered: dict[str, int]
+    output_difference: dict[str, float] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    threat_model: str = ""
+    history: list[str] = field(default_factory=lambda: ["locked"])
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    key: str = ""
+    certificate: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return asdict(self)
+
+    def write(self, folder: Path) -> Path:
+        """Write the public part beside the weights.
+
+        Args:
+            folder: The model folder.
+
+        Returns:
+            Path of the file.
+        """
+        values = self.to_dict()
+        for private in ("key", "certificate", "seconds"):
+            values.pop(private)
+        if isinstance(self.sites, list):
+            values["sites"] = count_kinds(self.sites)
+        values = {"format": _FORMAT, **values}
+        values["sha256"] = _digest(values)
+        path = folder / CERTIFICATE_NAME
+        path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        return path
+
+
+def load_certificate(folder: str | Path) -> LockCertificate:
+    """Read the certificate of a locked model.
+
+    Args:
+        folder: The model folder.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        CheckpointError: There is none, or it is no certificate.
+        CertificateMismatch: It was changed since it was written.
+    """
+    path = Path(folder) / CERTIFICATE_NAME
+    if not path.exists():
+        raise CheckpointError(
+            "has no specdef certificate",
+            path=folder,
+            hint="This is not a model that `specdef lock` wrote.",
+        )
+    values = read_json(path)
+    if values.pop("format", None) != _FORMAT:
+        raise CheckpointError(
+            "is not a certificate of this version", path=path, hint="Update specdef."
+        )
+    stated = values.pop("sha256", None)
+    actual = _digest({"format": _FORMAT, **values})
+    if stated != actual:
+        raise CertificateMismatch(
+            f"{path}: the certificate was changed after it was written", expected=stated, actual=actual,
+            hint="Fetch the model again from its publisher.",
+        )  # fmt: skip
+    names = {item.name for item in fields(LockCertificate)}
+    try:
+        return LockCertificate(**{name: value for name, value in values.items() if name in names})
+    except TypeError as error:
+        raise CheckpointError(f"is not a certificate ({error})", path=path) from error
+
+
+def count_kinds(sites: list[dict[str, Any]]) -> dict[str, int]:
+    """Count site records by kind."""
+    out: dict[str, int] = {}
+    for site in sites:
+        out[site["kind"]] = out.get(site["kind"], 0) + 1
+    return out
+
+
+def count_reasons(uncovered: Mapping[str, str]) -> dict[str, int]:
+    """Count uncovered inputs by reason."""
+    out: dict[str, int] = {}
+    for reason in uncovered.values():
+        out[reason] = out.get(reason, 0) + 1
+    return out
+
+
+def table_digest(hashes: Mapping[str, str]) -> str:
+    """Return one digest for a table of hashes, in the order of the names."""
+    text = "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def threat_model(method: str) -> str:
+    """Return the paragraph that says what a lock does not stop."""
+    return THREAT_MODEL.format(undo=UNDO[method])
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of what computes a lock."""
+    out = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("specdef", "safetensors", "numpy", "transformers"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(
+        json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

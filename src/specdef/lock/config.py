@@ -1,0 +1,103 @@
+"""What a lock is asked to be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+Method = Literal["absorbed", "compensated", "scaled"]
+Schedule = Literal["convex", "staggered", "uniform"]
+Channel = Literal["least-useful", "most-active"]
+
+DEFAULT_SCALE = {"absorbed": 2.0**30, "compensated": 1e4, "scaled": 1e4}
+"""absorbed: FACTS 3's convex design; compensated and scaled: the value arXiv 2602.18868 reports."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("absorbed", "compensated", "scaled"),
+    "schedule": ("convex", "staggered", "uniform"),
+    "channel": ("least-useful", "most-active"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockConfig:
+    """Recipe of a lock; copied into its certificate.
+
+    Args:
+        method: absorbed | compensated | scaled.
+        scale: Largest multiplier; a power of two for absorbed. None means 2^30 for absorbed, 1e4 for the others.
+        min_scale: Smallest multiplier of the staggered and convex schedules (absorbed); lowered to `scale` if above.
+        schedule: How the scales are spread over the sites (absorbed): convex leaves few sites near the top.
+        power: Exponent of the convex schedule.
+        channel: Which channel of a site is scaled (absorbed).
+        k: Singular values scaled per matrix (compensated, scaled); at most the smaller side is used.
+        num_layers: Blocks locked, evenly spread, where `layers` is not given (compensated, scaled).
+        target_modules: Names or one regular expression, as in PEFT; None means all.
+        layers: Indices of the blocks; None means all (absorbed) or `num_layers` of them.
+        storage_dtype: "float32" stores the locked pairs wider than the checkpoint (compensated); None keeps its dtype.
+        max_relative_error: Largest relative error a compensated pair may add to a layer's output.
+        seed: Seeds whatever is drawn.
+
+    Raises:
+        ValueError: A field is out of range.
+    """
+
+    method: Method = "absorbed"
+    scale: float | None = None
+    min_scale: float = 2.0**8
+    schedule: Schedule = "convex"
+    power: int = 16
+    channel: Channel = "least-useful"
+    k: int = 25
+    num_layers: int = 5
+    target_modules: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    storage_dtype: Literal["float32"] | None = None
+    max_relative_error: float = 1e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}."
+                )
+        for name in ("target_modules", "layers"):  # lists and single values are what people type
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, tuple):
+                value = (value,) if isinstance(value, str | int) else tuple(value)
+                object.__setattr__(self, name, value)
+        if not (math.isfinite(self.top) and self.top > 1):
+            raise ValueError(f"scale must be finite and above 1, got {self.scale}.")
+        for name in ("k", "power", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.method == "absorbed":
+            for name, value in (("scale", self.top), ("min_scale", self.bottom)):
+                if not math.log2(value).is_integer():
+                    raise ValueError(
+                        f"{name} must be a power of two for absorbed (other factors round), got {value}."
+                    )
+        if self.storage_dtype not in (None, "float32"):
+            raise ValueError(f"storage_dtype must be float32 or None, got {self.storage_dtype!r}.")
+
+    @property
+    def top(self) -> float:
+        """The largest scale, default filled in."""
+        return float(DEFAULT_SCALE[self.method] if self.scale is None else self.scale)
+
+    @property
+    def bottom(self) -> float:
+        """The smallest scale of a schedule."""
+        return float(min(self.min_scale, self.top))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, `scale` filled in."""
+        return {**asdict(self), "scale": self.top}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LockConfig:
+        """Read back what `to_dict` wrote; unknown fields of newer versions are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})

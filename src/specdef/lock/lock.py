@@ -1,0 +1,422 @@
+"""Lock a checkpoint on disk, or a model in memory: plan, rewrite, key, certificate, in this order."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from specdef.errors import CheckpointError, SpecDefError
+from specdef.lock.absorbed import plan_absorbed, select_sites
+from specdef.lock.calibrate import Batch, calibrated_scores, resolve_parameter
+from specdef.lock.card import write_card
+from specdef.lock.certificate import (
+    LockCertificate,
+    count_reasons,
+    table_digest,
+    threat_model,
+    tool_versions,
+)
+from specdef.lock.compensated import insert_compensation, locked_config
+from specdef.lock.config import LockConfig
+from specdef.lock.key import Key, encode_residual
+from specdef.lock.merge import merge
+from specdef.lock.plan import LockPlan
+from specdef.lock.projected import compensation, plan_projected, scaled_matrix
+from specdef.symmetries import find_sites
+from specdef.weights.atomic import atomic_folder, refuse_existing
+from specdef.weights.checkpoint import (
+    BASE_CONFIG_NAME,
+    CERTIFICATE_NAME,
+    COMPENSATION_NAME,
+    DTYPE_NAMES,
+    Checkpoint,
+    file_sha256,
+    tensor_sha256,
+)
+from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit
+from specdef.weights.rewrite import Progress, TensorHashes, copy_other_files, rewrite_tensors
+from specdef.weights.source import FolderSource, MemorySource, TensorSource
+
+_RETRIES = 8
+"""How often a channel that turns out not to fit is replaced before the scale itself is to blame."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LockedModel:
+    """A model locked in memory.
+
+    Args:
+        model: The module that was given, changed in place.
+        certificate: What was done.
+        key: What undoes it; `key.save(path)` keeps it.
+    """
+
+    model: nn.Module
+    certificate: LockCertificate
+    key: Key
+
+
+def plan_lock(
+    source: Checkpoint | TensorSource,
+    config: LockConfig,
+    *,
+    scores: Mapping[str, Tensor] | None = None,
+    banned: Iterable[tuple[str, int]] = (),
+    status: Callable[[str], None] | None = None,
+) -> LockPlan:
+    """Work out what a lock would do, writing nothing.
+
+    Args:
+        source: An open checkpoint, or any tensor source.
+        config: The recipe.
+        scores: Site name to channel scores, from `calibrated_scores` (absorbed); None is data-free.
+        banned: (site, channel) pairs to avoid (absorbed).
+        status: Told what is being worked on.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SelectionError: Nothing to lock was found or selected.
+        SpecDefError: The lock would break the function.
+    """
+    tensors = FolderSource(source) if isinstance(source, Checkpoint) else source
+    if config.method == "absorbed":
+        return plan_absorbed(tensors, config, scores=scores, banned=list(banned))
+    return plan_projected(tensors, config, progress=status)
+
+
+def lock_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: LockConfig | None = None,
+    *,
+    key_path: str | Path | None = None,
+    calibration: Iterable[Batch] | None = None,
+    source_name: str = "",
+    progress: Progress | None = None,
+    status: Callable[[str], None] | None = None,
+) -> LockCertificate:
+    """Lock a model folder into a new folder.
+
+    Streams: memory is bounded by a few blocks for absorbed without calibration, by the largest locked matrix in float64
+    for compensated and scaled, by the model for calibration. The output folder appears whole or not at all; the key
+    is written just before it appears.
+
+    Args:
+        source: Model folder with safetensors weights.
+        out: Folder to create.
+        config: The recipe; None is the default lock.
+        key_path: Where the key goes; None is `OUT.key.safetensors` beside the output.
+        calibration: Batches with labels to choose channels by (absorbed); None chooses from the weights alone.
+        source_name: Name of the model in the certificate; None is the folder's own name.
+        progress: Called with (bytes done, bytes in all).
+        status: Told what is being worked on.
+
+    Returns:
+        The certificate, with the sites in full, and the paths of key and certificate.
+
+    Raises:
+        CheckpointError: The source cannot be used, or the output cannot be written.
+        SelectionError: Nothing to lock was found or selected.
+        SpecDefError: The lock would break the function.
+    """
+    began = time.perf_counter()
+    config = config or LockConfig()
+    out = Path(out)
+    key_path = Path(key_path) if key_path else out.with_name(out.name + ".key.safetensors")
+    refuse_existing(out)
+    if key_path.resolve().is_relative_to(out.resolve()):
+        raise CheckpointError(
+            "lies inside the locked folder", path=key_path, hint="Keep the key elsewhere."
+        )
+    checkpoint = Checkpoint.open(source)
+    checkpoint.require_float()
+    if (checkpoint.folder / CERTIFICATE_NAME).exists():
+        raise CheckpointError(
+            "is locked already", path=source, hint="Unlock it first, or lock the original."
+        )
+    scores = None
+    if calibration is not None and config.method == "absorbed":
+        if status:
+            status("calibrating")
+        scores = calibrate_checkpoint(checkpoint, calibration, config)
+    banned: set[tuple[str, int]] = set()
+    while True:
+        plan = plan_lock(checkpoint, config, scores=scores, banned=banned, status=status)
+        try:
+            with atomic_folder(out) as work:
+                certificate = _write(
+                    checkpoint, work, plan, config, key_path, source_name, scores, progress, status
+                )
+                certificate = replace(certificate, seconds=time.perf_counter() - began)
+            break
+        except OutOfRange as error:
+            # The plan saw a sample of large tensors; a value outside it does not fit. Take the next best channel.
+            banned |= _offending(plan, checkpoint, error)
+            if len(banned) > _RETRIES:
+                raise
+    return replace(certificate, key=str(key_path), certificate=str(out / CERTIFICATE_NAME))
+
+
+def lock_model(
+    model: nn.Module,
+    config: LockConfig | None = None,
+    *,
+    calibration: Iterable[Batch] | None = None,
+) -> LockedModel:
+    """Lock a transformers model in memory, in place.
+
+    Args:
+        model: A module with a transformers `config`; its tensor names must be those of a checkpoint, which is so for all
+            families but mixtures of experts that transformers stacks in memory.
+        config: The recipe; None is the default lock.
+        calibration: Batches with labels to choose channels by (absorbed).
+
+    Returns:
+        The model, its certificate and its key.
+
+    Raises:
+        SelectionError: Nothing to lock was found or selected.
+        SpecDefError: The lock would break the function, or tensors hold NaN or Inf.
+    """
+    began = time.perf_counter()
+    config = config or LockConfig()
+    tensors = unique_tensors(model)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise SpecDefError(
+                f"{name} holds NaN or Inf", hint="The model diverged; load it again."
+            )
+    source = MemorySource(tensors, model_config(model))
+    scores = None
+    if calibration is not None and config.method == "absorbed":
+        sites = select_sites(
+            [s for s in find_sites(source.config, source.shapes).sites if s.kind != "offset-norm"],
+            config,
+        )
+        scores = calibrated_scores(model, sites, calibration, channel=config.channel)
+    plan = plan_lock(source, config, scores=scores)
+    key = Key.from_plan(plan, config)
+    before = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
+    residuals = {}
+    with torch.no_grad():
+        for name, edits in plan.scalings.items():
+            # on a copy first: a scaling that does not fit leaves the model as it was
+            changed = source.read(name)
+            for edit in edits:
+                edit.apply(changed, name=name)
+            tensors[name].copy_(changed)
+        for name, projection in plan.projections.items():
+            original = source.read(name)
+            stored = torch.float32 if config.storage_dtype else original.dtype
+            locked = scaled_matrix(original, projection).to(stored)
+            residuals[name] = encode_residual(original, merge(locked, projection))
+            tensors[name].data = locked.to(tensors[name].device)
+    if config.method == "compensated":
+        insert_compensation(
+            model, {n: compensation(p).to(tensors[n].dtype) for n, p in plan.projections.items()}
+        )
+    hashes = {
+        name: TensorHashes(before=before[name], after=tensor_sha256(tensor))
+        for name, tensor in tensors.items()
+    }
+    key = replace(key, residuals=residuals, hashes=hashes)
+    certificate = build_certificate(
+        plan, key, config, files={}, source_name=type(model).__name__, calibrated=scores is not None
+    )
+    return LockedModel(
+        model=model, key=key, certificate=replace(certificate, seconds=time.perf_counter() - began)
+    )
+
+
+def calibrate_checkpoint(
+    checkpoint: Checkpoint, batches: Iterable[Batch], config: LockConfig
+) -> dict[str, Tensor]:
+    """Load the model of a folder and score the channels of its sites on batches.
+
+    Args:
+        checkpoint: The open folder.
+        batches: Inputs with labels.
+        config: Its channel, layers and target_modules are used.
+
+    Returns:
+        Site name to channel scores, as `plan_lock` takes them.
+    """
+    from specdef.lock.load import load_model
+
+    sites = find_sites(checkpoint.config, checkpoint.shapes).sites
+    chosen = select_sites([site for site in sites if site.kind != "offset-norm"], config)
+    model = load_model(checkpoint.folder).eval()
+    for site in chosen:
+        for leg in site.consumers:
+            resolve_parameter(model, leg.tensor)
+    return calibrated_scores(model, chosen, batches, channel=config.channel)
+
+
+def build_certificate(
+    plan: LockPlan,
+    key: Key,
+    config: LockConfig,
+    *,
+    files: Mapping[str, str],
+    source_name: str,
+    calibrated: bool,
+    dropped: Iterable[str] = (),
+) -> LockCertificate:
+    """Put together what is known of a lock.
+
+    Args:
+        plan: What was done.
+        key: Its key, hashes filled in.
+        config: The recipe.
+        files: Other files to SHA-256.
+        source_name: Name of the model.
+        calibrated: Whether channels were chosen on data.
+        dropped: Files that were not carried over.
+
+    Returns:
+        The certificate.
+    """
+    return LockCertificate(
+        method=plan.method,
+        config=config.to_dict(),
+        lock_id=key.lock_id,
+        source={
+            "name": source_name,
+            "sha256": table_digest({name: h.before for name, h in key.hashes.items()}),
+        },
+        sites=[record.to_dict() for record in plan.sites],
+        tensors={
+            n: {"sha256": h.after, "sha256_original": h.before} for n, h in key.hashes.items()
+        },
+        files=dict(files),
+        tensors_total=len(key.hashes),
+        tensors_changed=sum(h.before != h.after for h in key.hashes.values()),
+        sigma_max_before=plan.sigma_max_before,
+        sigma_max_after=plan.sigma_max_after,
+        selection=("calibrated" if calibrated else "data-free")
+        if plan.method == "absorbed"
+        else "",
+        bit_identical=plan.method == "absorbed",
+        uncovered=count_reasons(plan.uncovered),
+        dropped=list(dropped),
+        notes=list(plan.notes),
+        threat_model=threat_model(plan.method),
+        versions=tool_versions(),
+    )
+
+
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """List parameters and saved buffers once each: of tied tensors the first name, as a checkpoint stores them."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            out[name] = tensor
+    return out
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """Return the model's configuration as its config.json holds it.
+
+    Raises:
+        SpecDefError: It is no transformers model.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise SpecDefError(
+            f"{type(model).__name__} has no transformers configuration",
+            hint="Lock it as a checkpoint folder instead.",
+        )
+    return dict(config.to_dict())
+
+
+def other_files_sha256(folder: Path) -> dict[str, str]:
+    """Hash the files a certificate vouches for: all but weights, certificate and model card."""
+    carried, _ = Checkpoint.open(folder).other_files()
+    names = [name for name in carried if name != "README.md"]
+    if (folder / COMPENSATION_NAME).exists():
+        names.append(COMPENSATION_NAME)
+    return {name: file_sha256(folder / name) for name in names}
+
+
+def _write(
+    checkpoint: Checkpoint,
+    work: Path,
+    plan: LockPlan,
+    config: LockConfig,
+    key_path: Path,
+    source_name: str,
+    scores: Mapping[str, Tensor] | None,
+    progress: Progress | None,
+    status: Callable[[str], None] | None,
+) -> LockCertificate:
+    if status:
+        status("writing")
+    residuals: dict[str, Tensor] = {}
+
+    def projected(name: str) -> ReplaceEdit:
+        projection = plan.projections[name]
+        stored = torch.float32 if config.storage_dtype else None
+
+        def compute(original: Tensor) -> Tensor:
+            locked = scaled_matrix(original, projection).to(stored or original.dtype)
+            if not bool(locked.isfinite().all()):
+                raise SpecDefError(
+                    f"{name}: scale {projection.scale:g} overflows", hint="Use a smaller scale."
+                )
+            residuals[name] = encode_residual(original, merge(locked, projection))
+            return locked
+
+        return ReplaceEdit(compute=compute, dtype=DTYPE_NAMES[stored] if stored else None)
+
+    edits: dict[str, Edit] = {
+        **plan.scalings,
+        **{name: projected(name) for name in plan.projections},
+    }
+    hashes = rewrite_tensors(
+        checkpoint, work, edits, progress=progress, workers=1 if plan.projections else 2
+    )
+    _, dropped = copy_other_files(checkpoint, work)
+    if plan.method == "compensated":
+        tensors = {
+            name: compensation(p).to(
+                torch.float32 if config.storage_dtype else FolderSource(checkpoint).dtype(name)
+            )
+            for name, p in plan.projections.items()
+        }
+        save_file(tensors, work / COMPENSATION_NAME, metadata={"format": "pt"})
+        config_bytes = (work / "config.json").read_bytes()
+        (work / BASE_CONFIG_NAME).write_bytes(config_bytes)
+        locked = locked_config(checkpoint.config, list(plan.projections))
+        (work / "config.json").write_text(json.dumps(locked, indent=2) + "\n", encoding="utf-8")
+    key = replace(Key.from_plan(plan, config), residuals=residuals, hashes=hashes)
+    certificate = build_certificate(
+        plan, key, config, files=other_files_sha256(work), source_name=source_name or checkpoint.folder.resolve().name,
+        calibrated=scores is not None, dropped=dropped,
+    )  # fmt: skip
+    write_card(work, certificate)
+    certificate.write(work)
+    key.save(key_path)
+    return certificate
+
+
+def _offending(plan: LockPlan, checkpoint: Checkpoint, error: OutOfRange) -> set[tuple[str, int]]:
+    channels = {record.name: record.channel for record in plan.sites}
+    return {
+        (site.name, channel)
+        for site in find_sites(checkpoint.config, checkpoint.shapes).sites
+        if (channel := channels.get(site.name)) is not None
+        for leg, _ in site.legs()
+        if leg.tensor == error.tensor and error.position in leg.positions(channel)
+    }

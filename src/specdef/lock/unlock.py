@@ -1,0 +1,175 @@
+"""Undo a lock with its key: the original, to the last bit, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from specdef.errors import CertificateMismatch, CheckpointError
+from specdef.lock.card import remove_card
+from specdef.lock.certificate import LockCertificate, load_certificate
+from specdef.lock.key import Key, decode_residual, load_key, require_match
+from specdef.lock.merge import merge
+from specdef.weights.atomic import atomic_folder, refuse_existing
+from specdef.weights.checkpoint import (
+    BASE_CONFIG_NAME,
+    CERTIFICATE_NAME,
+    COMPENSATION_NAME,
+    Checkpoint,
+    tensor_sha256,
+)
+from specdef.weights.edit import Edit, ReplaceEdit
+from specdef.weights.rewrite import Progress, TensorHashes, copy_other_files, rewrite_tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unlocked:
+    """What `unlock_checkpoint` did.
+
+    Args:
+        restored: Folder of the original.
+        sha256_equal: Every tensor has the hash that was recorded at lock time (or at the last authorised training).
+        tensors: Number of tensors restored.
+    """
+
+    restored: str
+    sha256_equal: bool
+    tensors: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {
+            "restored": self.restored,
+            "sha256_equal": self.sha256_equal,
+            "tensors": self.tensors,
+        }
+
+
+def unlock_checkpoint(
+    locked: str | Path,
+    out: str | Path,
+    key: str | Path | Key,
+    *,
+    progress: Progress | None = None,
+    status: Callable[[str], None] | None = None,
+) -> Unlocked:
+    """Restore the original of a locked folder.
+
+    Args:
+        locked: Folder that `lock_checkpoint` wrote.
+        out: Folder to create; appears whole or not at all.
+        key: The key, or its path.
+        progress: Called with (bytes done, bytes in all).
+        status: Told what is being worked on.
+
+    Returns:
+        What was restored; `sha256_equal` is always true, everything else raises.
+
+    Raises:
+        CheckpointError: The folder, its certificate or the key is damaged, or the output cannot be written.
+        KeyMismatch: The key belongs to another lock.
+        CertificateMismatch: The weights were changed since they were locked, so the original cannot be had from them.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    checkpoint = Checkpoint.open(locked)
+    certificate = load_certificate(checkpoint.folder)
+    key = key if isinstance(key, Key) else load_key(key)
+    require_match(key, certificate.to_dict())
+    if status:
+        status("restoring")
+    with atomic_folder(out) as work:
+        hashes = rewrite_tensors(
+            checkpoint,
+            work,
+            inverse_edits(key, certificate),
+            progress=progress,
+            workers=1 if key.projections else 2,
+        )
+        compare_hashes(hashes, certificate)
+        copy_other_files(checkpoint, work)
+        (work / CERTIFICATE_NAME).unlink(missing_ok=True)
+        (work / COMPENSATION_NAME).unlink(missing_ok=True)
+        if (work / BASE_CONFIG_NAME).exists():
+            (work / BASE_CONFIG_NAME).replace(work / "config.json")
+        remove_card(work)
+    return Unlocked(restored=str(out), sha256_equal=True, tensors=len(hashes))
+
+
+def inverse_edits(key: Key, certificate: LockCertificate) -> dict[str, Edit]:
+    """Return the edits that undo a lock.
+
+    Args:
+        key: The key.
+        certificate: Tells whether the weights are those the key's residuals belong to.
+
+    Returns:
+        Tensor name to edit.
+
+    Raises:
+        CheckpointError: The key names a tensor that the model lacks.
+    """
+    missing = [
+        name for name in (*key.scalings, *key.projections) if name not in certificate.tensors
+    ]
+    if missing:
+        raise CheckpointError("the key names a tensor the model lacks", tensor=missing[0])
+    edits: dict[str, Edit] = {
+        name: tuple(edit.inverse() for edit in edits) for name, edits in key.scalings.items()
+    }
+    for name, projection in key.projections.items():
+        at_lock_time = (
+            name in key.hashes and key.hashes[name].after == certificate.tensors[name]["sha256"]
+        )
+
+        def compute(locked: Tensor, name: str = name, exact: bool = at_lock_time) -> Tensor:
+            return restore_matrix(key, name, locked, exact=exact)
+
+        edits[name] = ReplaceEdit(compute=compute, dtype=projection.dtype)
+    return edits
+
+
+def restore_matrix(key: Key, name: str, locked: Tensor, *, exact: bool | None = None) -> Tensor:
+    """Undo a projection.
+
+    Args:
+        key: The key.
+        name: The tensor.
+        locked: W~ as stored.
+        exact: Whether the residual belongs to these weights; None finds out by their hash. After authorised training it
+            does not: the weights in force are then the merge of what was saved.
+
+    Returns:
+        W in its original dtype.
+    """
+    rebuilt = merge(locked, key.projections[name])
+    if exact is None:
+        exact = name in key.hashes and key.hashes[name].after == tensor_sha256(locked)
+    return decode_residual(key.residuals[name], rebuilt) if exact else rebuilt
+
+
+def compare_hashes(hashes: Mapping[str, TensorHashes], certificate: LockCertificate) -> None:
+    """Refuse unless what was read and what came out are what the certificate says.
+
+    Raises:
+        CertificateMismatch: A tensor differs, is missing, or is one too many.
+    """
+    for name in {**certificate.tensors, **hashes}:
+        expected = certificate.tensors.get(name, {})
+        found = hashes.get(name)
+        if found is None or found.before != expected.get("sha256"):
+            raise CertificateMismatch(
+                f"tensor {name} is not the one that was locked",
+                expected=expected.get("sha256"), actual=found and found.before,
+                hint="The weights were changed after locking; fetch the locked model again.",
+            )  # fmt: skip
+        if found.after != expected["sha256_original"]:
+            raise CertificateMismatch(
+                f"tensor {name} does not unlock to the original",
+                expected=expected["sha256_original"], actual=found.after,
+                hint="Key and certificate disagree; use the key that was written when this model was locked.",
+            )  # fmt: skip

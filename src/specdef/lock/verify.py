@@ -1,0 +1,284 @@
+"""Verify a locked model: certificate, hashes, and the difference of its outputs to the original's, per dtype."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdef.errors import CertificateMismatch, CheckpointError, KeyMismatch
+from specdef.lock.certificate import LockCertificate, load_certificate, table_digest
+from specdef.lock.key import Key, load_key, require_match
+from specdef.lock.load import load_model
+from specdef.lock.lock import other_files_sha256
+from specdef.lock.unlock import inverse_edits
+from specdef.weights.checkpoint import Checkpoint
+from specdef.weights.rewrite import Progress, TensorHashes, rewrite_tensors
+
+DTYPES = ("float32", "bfloat16")
+"""Dtypes in which an absorbed lock promises bit identity."""
+
+PROBE_SHAPE = (2, 48)
+"""Sequences and tokens per sequence that outputs are compared on; every position of every sequence counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputDifference:
+    """Outputs of locked and original model on the same inputs.
+
+    Args:
+        dtype: Dtype both were loaded in.
+        bit_identical: Every output is equal.
+        max_abs_logit_difference: Largest absolute difference.
+        max_abs_logit: Largest absolute output of the original, for scale.
+    """
+
+    dtype: str
+    bit_identical: bool
+    max_abs_logit_difference: float
+    max_abs_logit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """Result of `verify_checkpoint`.
+
+    Args:
+        valid: Everything that was checked holds.
+        bit_identical: Outputs equal in every dtype checked; None where no original was given.
+        max_abs_logit_difference: Largest over the dtypes; None likewise.
+        dtype: The dtype with the largest difference; None likewise.
+        tensors_checked: Tensors whose hash was computed.
+        method: The lock method.
+        claims_bit_identity: What the certificate promises.
+        source_matches: The original given is the one that was locked; None where none was given.
+        key_matches: The key unlocks this model to the recorded original; None where none was given.
+        outputs: Per dtype.
+        problems: What does not hold, one sentence each.
+    """
+
+    valid: bool
+    bit_identical: bool | None
+    max_abs_logit_difference: float | None
+    dtype: str | None
+    tensors_checked: int
+    method: str
+    claims_bit_identity: bool
+    source_matches: bool | None = None
+    key_matches: bool | None = None
+    outputs: tuple[OutputDifference, ...] = ()
+    problems: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+
+def verify_checkpoint(
+    locked: str | Path,
+    original: str | Path | None = None,
+    key: str | Path | Key | None = None,
+    *,
+    dtypes: Sequence[str] = DTYPES,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    status: Callable[[str], None] | None = None,
+) -> Verification:
+    """Check a locked folder against its certificate, and against its original and key where they are given.
+
+    Args:
+        locked: Folder that `lock_checkpoint` wrote. Anyone can check it so far.
+        original: The unlocked model: its hashes and its outputs are compared.
+        key: The key, or its path: its inverse is computed (nothing is written) and hashed.
+        dtypes: Dtypes outputs are compared in.
+        seed: Seeds the random inputs.
+        device: Where the models run.
+        progress: Called with (bytes done, bytes in all).
+        status: Told what is being worked on.
+
+    Returns:
+        What holds and what does not.
+
+    Raises:
+        CheckpointError: A folder, the certificate or the key cannot be read at all.
+    """
+    checkpoint = Checkpoint.open(locked)
+    try:
+        certificate = load_certificate(checkpoint.folder)
+    except CertificateMismatch as error:
+        return Verification(
+            valid=False, bit_identical=None, max_abs_logit_difference=None, dtype=None, tensors_checked=0,
+            method="", claims_bit_identity=False, problems=(str(error),),
+        )  # fmt: skip
+    problems: list[str] = []
+    if status:
+        status("hashing tensors")
+    key_matches = None
+    edits = {}
+    if key is not None:
+        key = key if isinstance(key, Key) else load_key(key)
+        try:
+            require_match(key, certificate.to_dict())
+            edits = inverse_edits(key, certificate)
+            key_matches = True
+        except KeyMismatch as error:
+            key_matches = False
+            problems.append(str(error))
+    hashes = rewrite_tensors(checkpoint, None, edits, progress=progress)
+    problems += _tensor_problems(hashes, certificate, unlocked=bool(key_matches))
+    if key_matches and problems:
+        key_matches = False
+    problems += _file_problems(checkpoint.folder, certificate)
+    outputs: list[OutputDifference] = []
+    source_matches = None
+    if original is not None:
+        source_matches = _same_source(Checkpoint.open(original), certificate)
+        if not source_matches:
+            problems.append(
+                f"{original} is not the model that was locked (its tensors hash differently)"
+            )
+        for dtype in dtypes:
+            if status:
+                status(f"comparing outputs in {dtype}")
+            outputs.append(
+                compare_outputs(checkpoint.folder, Path(original), dtype, seed=seed, device=device)
+            )
+        for item in outputs:
+            if certificate.bit_identical and not item.bit_identical:
+                problems.append(
+                    f"outputs in {item.dtype} differ by up to {item.max_abs_logit_difference:.3g}, bit identity was claimed"
+                )
+    # a difference that is not a number is the worst of all
+    worst = max(
+        outputs,
+        key=lambda o: (
+            o.max_abs_logit_difference != o.max_abs_logit_difference,
+            o.max_abs_logit_difference,
+        ),
+        default=None,
+    )
+    return Verification(
+        valid=not problems,
+        bit_identical=all(o.bit_identical for o in outputs) if outputs else None,
+        max_abs_logit_difference=worst.max_abs_logit_difference if worst else None,
+        dtype=worst.dtype if worst else None,
+        tensors_checked=len(hashes),
+        method=certificate.method,
+        claims_bit_identity=certificate.bit_identical,
+        source_matches=source_matches,
+        key_matches=key_matches,
+        outputs=tuple(outputs),
+        problems=tuple(problems),
+    )
+
+
+def compare_outputs(
+    locked: Path, original: Path, dtype: str, *, seed: int = 0, device: str = "cpu"
+) -> OutputDifference:
+    """Run both models on the same random inputs.
+
+    Args:
+        locked: Locked folder.
+        original: Original folder.
+        dtype: Dtype both are loaded in.
+        seed: Seeds the inputs.
+        device: Where the models run.
+
+    Returns:
+        The difference of their outputs.
+    """
+    results = []
+    for folder in (original, locked):
+        model = load_model(folder, dtype=dtype, device=device)
+        with torch.no_grad():
+            inputs = {n: x.to(device) for n, x in probe_inputs(model, seed=seed).items()}
+            results.append(_outputs(model(**inputs)).cpu())
+        del model
+        gc.collect()
+    first, second = results
+    difference = (first.double() - second.double()).abs().max()
+    return OutputDifference(
+        dtype=dtype,
+        bit_identical=bool(torch.equal(first, second)),
+        max_abs_logit_difference=float(difference),
+        max_abs_logit=float(first.double().abs().max()),
+    )
+
+
+def probe_inputs(model: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
+    """Draw inputs a transformers model takes: token ids, or pixel values.
+
+    Args:
+        model: The model.
+        seed: Seeds the draw.
+
+    Returns:
+        Keyword arguments of its forward.
+
+    Raises:
+        CheckpointError: The model takes neither.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    dtype = next(model.parameters()).dtype
+    if model.main_input_name == "input_ids":
+        text = config.get_text_config()
+        length = min(
+            PROBE_SHAPE[1], getattr(text, "max_position_embeddings", None) or PROBE_SHAPE[1]
+        )
+        ids = torch.randint(0, text.vocab_size, (PROBE_SHAPE[0], length), generator=generator)
+        pad = getattr(text, "pad_token_id", None)
+        if pad is not None:  # some heads look for padding, and random ids would place it mid-text
+            ids = torch.where(ids == pad, (pad + 1) % text.vocab_size, ids)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 64)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (PROBE_SHAPE[0], getattr(config, "num_channels", 3), height, width)
+        return {"pixel_values": torch.randn(shape, generator=generator).to(dtype)}
+    raise CheckpointError(
+        f"inputs of {type(model).__name__} ({model.main_input_name}) are not known here"
+    )
+
+
+def _outputs(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output[0]  # type: ignore[no-any-return]
+
+
+def _tensor_problems(
+    hashes: dict[str, TensorHashes], certificate: LockCertificate, *, unlocked: bool
+) -> list[str]:
+    out = []
+    for name in {**certificate.tensors, **hashes}:
+        expected, found = certificate.tensors.get(name), hashes.get(name)
+        if found is None:
+            out.append(f"tensor {name} is missing")
+        elif expected is None:
+            out.append(f"tensor {name} was not there when the model was locked")
+        elif found.before != expected["sha256"]:
+            out.append(f"tensor {name} was changed since the model was locked")
+        elif unlocked and found.after != expected["sha256_original"]:
+            out.append(f"tensor {name} does not unlock to the original with this key")
+    return out
+
+
+def _file_problems(folder: Path, certificate: LockCertificate) -> list[str]:
+    found = other_files_sha256(folder)
+    return [
+        f"file {name} {'is missing' if name not in found else 'was changed'} since the model was locked"
+        for name, digest in certificate.files.items()
+        if found.get(name) != digest
+    ]
+
+
+def _same_source(original: Checkpoint, certificate: LockCertificate) -> bool:
+    hashes = rewrite_tensors(original, None, {})
+    return table_digest({n: h.before for n, h in hashes.items()}) == table_digest(
+        {n: row["sha256_original"] for n, row in certificate.tensors.items()}
+    )

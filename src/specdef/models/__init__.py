@@ -1,0 +1,1 @@
+"""Tiny seeded nets, and loaders of real models from packages."""

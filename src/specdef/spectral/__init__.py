@@ -1,0 +1,1 @@
+"""Pure tensor functions: top-k SVD, matrix views. Knows no model."""

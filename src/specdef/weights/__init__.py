@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers, streaming rewrite, atomic output. Imports no model code."""

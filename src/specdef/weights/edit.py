@@ -1,0 +1,126 @@
+"""Edits of one tensor: exact scalings of slices, and replacements by a new matrix.
+
+A `ScaleEdit` multiplies slices by a power of two. It is applied block by block, is checked to be exactly invertible, and
+its inverse has the exponent negated: that is why an absorbed lock can be undone to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from specdef.errors import SpecDefError
+
+
+class OutOfRange(SpecDefError):
+    """A scaled value does not fit its dtype exactly.
+
+    Args:
+        tensor: Name of the tensor.
+        position: Position of the slice along its axis.
+        exponent: The exponent asked for.
+        dtype: The dtype it does not fit.
+    """
+
+    def __init__(self, tensor: str, position: int, exponent: int, dtype: torch.dtype) -> None:
+        super().__init__(
+            f"{tensor}: slice {position} times 2^{exponent} leaves the exact range of {dtype}",
+            hint="Use a smaller --scale, or a checkpoint in bfloat16 or float32 (float16 has hardly any room).",
+        )
+        self.tensor = tensor
+        self.position = position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleEdit:
+    """Multiply tensor[lead..., :, position, :] by 2^exponent.
+
+    Args:
+        axis: Axis of the slice.
+        position: Index along it.
+        exponent: Power of two.
+        lead: Fixed indices of the leading axes (expert of a stacked tensor); all before `axis`.
+    """
+
+    axis: int
+    position: int
+    exponent: int
+    lead: tuple[int, ...] = ()
+
+    def inverse(self) -> ScaleEdit:
+        """Return the edit that undoes this one."""
+        return replace(self, exponent=-self.exponent)
+
+    def apply(
+        self, tensor: Tensor, *, name: str = "", prefix: tuple[int, ...] = (), start: int = 0
+    ) -> None:
+        """Scale in place the part of the slice that lies in a block.
+
+        Args:
+            tensor: The block: rows start, start + 1, … along axis len(prefix) of the whole tensor, behind the fixed
+                indices `prefix`. The defaults mean the whole tensor.
+            name: Named in errors.
+            prefix: Fixed indices of the axes before the block's first.
+            start: Index of the block's first row.
+
+        Raises:
+            OutOfRange: The result would not be exact, finite and normal.
+        """
+        first = len(prefix)
+        fixed = dict(enumerate(self.lead)) | {self.axis: self.position}
+        index: list[int | slice] = [slice(None)] * tensor.ndim
+        for axis, position in fixed.items():
+            if axis < first:
+                if position != prefix[axis]:
+                    return
+            elif axis == first:
+                if not start <= position < start + tensor.shape[0]:
+                    return
+                index[0] = position - start
+            else:
+                index[axis - first] = position
+        view = tensor[tuple(index)]
+        scaled = scale_exactly(view, self.exponent)
+        if scaled is None:
+            raise OutOfRange(name, self.position, self.exponent, tensor.dtype)
+        tensor[tuple(index)] = scaled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaceEdit:
+    """Replace a whole tensor by a function of it, of the same shape.
+
+    Args:
+        compute: Old tensor to new tensor.
+        dtype: Dtype name of the result in the file ("F32"); None keeps the tensor's own.
+    """
+
+    compute: Callable[[Tensor], Tensor]
+    dtype: str | None = None
+
+
+Edit = ReplaceEdit | tuple[ScaleEdit, ...]
+"""What is done to one tensor: one replacement, or any number of scalings."""
+
+
+def scale_exactly(values: Tensor, exponent: int) -> Tensor | None:
+    """Return values * 2^exponent in the same dtype, or None where that would lose anything.
+
+    Subnormal numbers count as lost on both sides: hardware may flush them to zero.
+
+    >>> scale_exactly(torch.tensor([1.5, 0.0]), 3)
+    tensor([12.,  0.])
+    >>> scale_exactly(torch.tensor([1.0]), 128) is None  # above the largest float32
+    True
+    """
+    tiny = torch.finfo(values.dtype).tiny
+    scaled = torch.ldexp(values.to(torch.float64), torch.tensor(exponent)).to(values.dtype)
+    size, scaled_size = values.abs(), scaled.abs()
+    exact = torch.ldexp(scaled.to(torch.float64), torch.tensor(-exponent)) == values.to(
+        torch.float64
+    )
+    normal = (values == 0) | ((size >= tiny) & (scaled_size >= tiny))
+    return scaled if bool((exact & normal & scaled.isfinite()).all()) else None
