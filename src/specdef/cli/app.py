@@ -55,8 +55,13 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: Always, with the exit code.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    verb = next((name for name in arguments if not name.startswith("-")), "")
     try:
         app(args=arguments, prog_name="specdef")
+    except SystemExit as ended:
+        if ended.code == 130:  # typer turns Ctrl-C into this, without a word
+            typer.echo("interrupted; nothing was left behind", err=True)
+        raise
     except SpecDefError as error:
         report_error(error, as_json="--json" in arguments)
         raise SystemExit(error.exit_code) from None
@@ -64,14 +69,13 @@ def main(argv: list[str] | None = None) -> None:
         # argument mistakes of the library; anything else that raises ValueError is a bug and shows its traceback
         if type(error) is not ValueError:
             raise
-        report_error(error, as_json="--json" in arguments)
+        hint = f"`specdef {verb} --help` lists the options."
+        report_error(error, as_json="--json" in arguments, hint=hint)
         raise SystemExit(2) from None
     except MemoryError as error:
-        report_error(error, as_json="--json" in arguments)
+        hint = "Give the process more memory, or select fewer layers."
+        report_error(error, as_json="--json" in arguments, hint=hint)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was left behind", err=True)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

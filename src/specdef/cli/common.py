@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import re
 import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef.errors import CheckpointError, SpecDefError
+from specdef.errors import CheckpointError, SelectionError, SpecDefError
+
+if TYPE_CHECKING:
+    from specdef.weights.checkpoint import Checkpoint
 
 HUB_PATTERNS = [
     "*.safetensors",
@@ -33,7 +38,8 @@ def load_defaults(ctx: typer.Context, value: Path | None) -> Path | None:
 
     Args:
         ctx: The verb's context.
-        value: The file; its table [verb] (or, without one, its top level) names options with underscores.
+        value: The file; its table [verb] (or, without one, its top level) names options with underscores or hyphens.
+            A list is what commas are on the command line.
 
     Returns:
         The file.
@@ -51,17 +57,48 @@ def load_defaults(ctx: typer.Context, value: Path | None) -> Path | None:
         raise CheckpointError(f"is not valid TOML ({error})", path=value) from error
     name = ctx.info_name or ""
     values = table.get(name, {k: v for k, v in table.items() if not isinstance(v, dict)})
-    known = {parameter.name for parameter in ctx.command.params}
-    for key in values:
-        if key.replace("-", "_") not in known:
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"`{name}` is no table", path=value, hint=f"Write options below a line [{name}]."
+        )
+    known = {parameter.name for parameter in ctx.command.params} - {"config"}
+    defaults = {}
+    for key, item in values.items():
+        if key.replace("-", "_") not in known or isinstance(item, dict):
             raise SpecDefError(
                 f"{value}: `{name}` has no option {key!r}",
                 hint=f"`specdef {name} --help` lists the options.",
             )
-    ctx.default_map = {
-        **(ctx.default_map or {}),
-        **{k.replace("-", "_"): v for k, v in values.items()},
-    }
+        defaults[key.replace("-", "_")] = (
+            ",".join(map(str, item)) if isinstance(item, list) else item
+        )
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return value
+
+
+def check_device(value: str) -> str:
+    """Refuse a device that torch cannot use here, before any work is done.
+
+    Args:
+        value: Name of the device.
+
+    Returns:
+        The name.
+
+    Raises:
+        SpecDefError: There is no such device.
+    """
+    if value == "cpu":  # the rule, and no reason to wait for torch
+        return value
+    import torch
+
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        raise SpecDefError(
+            f"--device {value} cannot be used here ({str(error).splitlines()[0]:.80})",
+            hint="Use cpu, or a device that this build of torch knows.",
+        ) from error
     return value
 
 
@@ -78,7 +115,10 @@ Config = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seeds whatever is drawn.")]
-Device = Annotated[str, typer.Option("--device", help="Where models run: cpu, cuda, cuda:1, …")]
+Device = Annotated[
+    str,
+    typer.Option("--device", callback=check_device, help="Where models run: cpu, cuda, cuda:1, …"),
+]
 
 
 def say(text: str) -> None:
@@ -91,9 +131,11 @@ def print_json(values: dict[str, Any]) -> None:
     typer.echo(json.dumps(_finite(values), indent=1, default=str, allow_nan=False))
 
 
-def report_error(error: BaseException, *, as_json: bool) -> None:
-    """Print an error: what was found, where, and what to do next."""
-    hint = getattr(error, "hint", "")
+def report_error(error: BaseException, *, as_json: bool, hint: str = "") -> None:
+    """Print an error: what was found, where, and what to do next (`hint` where the error does not say)."""
+    hint = getattr(error, "hint", "") or hint
+    if not hint and isinstance(error, CheckpointError):
+        hint = "Check the path; if the file is damaged, fetch it again."
     text = str(error) or type(error).__name__
     typer.echo(f"error: {text}", err=True)
     if hint:
@@ -153,16 +195,60 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
         return None
     out: list[int] = []
     for part in str(text).split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part.strip())
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not span:
             raise ValueError(f"--layers takes indices and ranges like 0,3,8-11, got {text!r}.")
-        out += range(int(first), int(last if dash else first) + 1)
+        out += span
     return tuple(dict.fromkeys(out))
 
 
 def parse_list(text: str | None) -> tuple[str, ...] | None:
     """Read a comma-separated list; None stays None."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text else None
+
+
+def parse_modules(text: str | None) -> tuple[str, ...] | str | None:
+    """Read a comma-separated list of names; anything else is one regular expression, as in PEFT."""
+    names = parse_list(text)
+    plain = names is None or all(re.fullmatch(r"[\w.]+", name) for name in names)
+    return names if plain else text
+
+
+def check_selection(
+    checkpoint: Checkpoint, modules: tuple[str, ...] | str | None, layers: tuple[int, ...] | None
+) -> None:
+    """Refuse a selection of which any part selects nothing: a typing error would leave that part unlocked in silence.
+
+    Args:
+        checkpoint: The open folder.
+        modules: What `parse_modules` gave.
+        layers: What `parse_layers` gave.
+
+    Raises:
+        SelectionError: A name, the expression or a block is not in the model.
+    """
+    from specdef.symmetries import layer_index, matches, module_name
+
+    paths = {module_name(name) for name in checkpoint.names}
+    for pattern in (modules,) if isinstance(modules, str) else modules or ():
+        selection = pattern if isinstance(modules, str) else (pattern,)
+        if not any(matches(path, selection) for path in paths):
+            ends = {path.rpartition(".")[2] for path in paths} | paths
+            nearest = difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5)
+            close = f"; nearest: {', '.join(nearest)}" if nearest else ""
+            raise SelectionError(
+                f"--target-modules: {pattern!r} is no module of {checkpoint.folder}{close}",
+                patterns=(pattern,), nearest=nearest, hint="`specdef inspect MODEL` lists the modules.",
+            )  # fmt: skip
+    blocks = {i for path in paths if (i := layer_index(path)) is not None}
+    missing = [i for i in layers or () if i not in blocks]
+    if missing:
+        raise SelectionError(
+            f"--layers: {checkpoint.folder} has no block {missing[0]}; it has {len(blocks)} blocks"
+            + (f", {min(blocks)} to {max(blocks)}" if blocks else ""),
+            hint="`specdef inspect MODEL` lists the tensors.",
+        )
 
 
 @contextmanager

@@ -8,12 +8,14 @@ import typer
 
 from specdef.cli.common import (
     Config,
+    Device,
     Json,
     Seed,
+    check_selection,
     find_model,
     human_bytes,
     parse_layers,
-    parse_list,
+    parse_modules,
     print_json,
     progress_bar,
     say,
@@ -39,6 +41,7 @@ def inspect(
         str | None, typer.Option(help="Restrict spectra to these blocks, like 0,3,8-11.")
     ] = None,
     seed: Seed = 0,
+    device: Device = "cpu",
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -47,13 +50,16 @@ def inspect(
 
     folder = find_model(model, quiet=json)
     checkpoint = Checkpoint.open(folder)
+    modules, blocks = parse_modules(target_modules), parse_layers(layers)
+    check_selection(checkpoint, modules, blocks)
     with progress_bar("inspect") as (progress, _):
         rows = inspect_tensors(
             checkpoint,
             spectra=spectra,
-            modules=parse_list(target_modules),
-            layers=parse_layers(layers),
+            modules=modules,
+            layers=blocks,
             seed=seed,
+            device=device,
             progress=progress,
         )
     report = {
@@ -73,9 +79,10 @@ def inspect_tensors(
     checkpoint: Checkpoint,
     *,
     spectra: bool,
-    modules: tuple[str, ...] | None = None,
+    modules: tuple[str, ...] | str | None = None,
     layers: tuple[int, ...] | None = None,
     seed: int = 0,
+    device: str = "cpu",
     progress: Any = None,
 ) -> list[dict[str, Any]]:
     """Describe every tensor.
@@ -86,11 +93,13 @@ def inspect_tensors(
         modules: Compute them for these modules only.
         layers: Compute them for these blocks only.
         seed: Seeds the iterations.
+        device: Where they run.
         progress: Called with (bytes done, bytes in all).
 
     Returns:
         One record per tensor: name, shape, dtype, role; with spectra also sigma_max, stable_rank, condition, residual
-        and method where they exist. Stacked experts and quantised tensors are described without.
+        and method where they exist, or the problem that a matrix or vector holds NaN or Inf. Stacked experts and
+        quantised tensors are described without.
     """
     from specdef.spectral.topk import spectral_summary
     from specdef.spectral.views import as_matrix
@@ -110,18 +119,23 @@ def inspect_tensors(
                 checkpoint.read(name), transposed=is_transposed(name, checkpoint.config)
             )
             if bool(matrix.isfinite().all()):
-                summary = spectral_summary(matrix, seed=seed)
+                summary = spectral_summary(matrix.to(device), seed=seed)
                 row |= {
                     "sigma_max": summary.sigma_max, "stable_rank": summary.stable_rank,
                     "condition": summary.condition, "residual": summary.residual, "method": summary.method,
                 }  # fmt: skip
             else:
                 row["problem"] = "holds NaN or Inf"
-        elif (
-            spectra and wanted and info.is_float and row["role"] == "norm" and len(info.shape) == 1
-        ):
-            gain = checkpoint.read(name).double().abs()
-            row |= {"sigma_max": float(gain.max()), "method": "exact (diagonal)", "residual": 0.0}
+        elif spectra and wanted and info.is_float and info.nbytes and len(info.shape) == 1:
+            vector = checkpoint.read(name).double().abs()
+            if not bool(vector.isfinite().all()):
+                row["problem"] = "holds NaN or Inf"
+            elif row["role"] == "norm":
+                row |= {
+                    "sigma_max": float(vector.max()),
+                    "method": "exact (diagonal)",
+                    "residual": 0.0,
+                }
         rows.append(row)
         done += info.nbytes
         if progress:
@@ -136,15 +150,20 @@ def inspect_sites(checkpoint: Checkpoint) -> dict[str, Any]:
         checkpoint: The open folder.
 
     Returns:
-        sites, uncovered, plan; or, for a family without a table, the error in `sites_error`.
+        sites, uncovered, plan; where there can be none (a family without a table, a locked folder), `sites_error`.
     """
     from specdef.cli.lock import output_bytes
-    from specdef.errors import SpecDefError
+    from specdef.errors import CheckpointError, SpecDefError
     from specdef.lock.config import LockConfig
     from specdef.lock.lock import plan_lock
     from specdef.symmetries import find_sites
+    from specdef.weights.checkpoint import CERTIFICATE_NAME
 
     try:
+        if (checkpoint.folder / CERTIFICATE_NAME).exists():
+            raise CheckpointError(
+                "is locked already", path=checkpoint.folder, hint="Inspect the original for a plan."
+            )
         found = find_sites(checkpoint.config, checkpoint.shapes)
         checkpoint.require_float()
         plan = plan_lock(checkpoint, LockConfig())

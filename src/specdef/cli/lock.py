@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +14,11 @@ from specdef.cli.common import (
     Device,
     Json,
     Seed,
+    check_selection,
     find_model,
     human_bytes,
     parse_layers,
-    parse_list,
+    parse_modules,
     print_json,
     progress_bar,
     say,
@@ -121,13 +123,15 @@ def lock(
 
     recipe = LockConfig(
         method=method.value, scale=scale, min_scale=min_scale, schedule=schedule.value, power=power,
-        channel=channel.value, k=k, num_layers=num_layers, target_modules=parse_list(target_modules),
+        channel=channel.value, k=k, num_layers=num_layers, target_modules=parse_modules(target_modules),
         layers=parse_layers(layers), storage_dtype=storage_dtype,  # type: ignore[arg-type]
         max_relative_error=max_relative_error, seed=seed,
     )  # fmt: skip
     from specdef.lock.lock import lock_checkpoint
+    from specdef.weights.checkpoint import Checkpoint
 
     folder = find_model(model, quiet=json)
+    check_selection(Checkpoint.open(folder), recipe.target_modules, recipe.layers)
     batches = _calibration(calibration, folder, seed) if method is Method.absorbed else None
     if dry_run:
         _dry_run(folder, out, recipe, batches, as_json=json)
@@ -137,10 +141,11 @@ def lock(
             folder, out, recipe, key_path=key, calibration=batches, source_name=model if not Path(model).exists() else "",
             progress=progress, status=None if json else status,
         )  # fmt: skip
-    identical = _check(folder, out, certificate, check, quiet=json)
+    identical = _check(folder, out, certificate, check, device=device, quiet=json)
     values = certificate.to_dict()
     for large in ("tensors", "files"):
         values.pop(large)
+    values["outputs_identical"] = identical
     if json:
         print_json(values)
     _summary(certificate)
@@ -158,10 +163,12 @@ def _calibration(choice: str | None, folder: Path, seed: int) -> Any:
     from specdef.errors import CheckpointError
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many kinds, and all of them mean the same here
         raise CheckpointError(
-            f"has no tokenizer to calibrate with ({error})",
+            f"has no tokenizer to calibrate with ({type(error).__name__})",
             path=folder,
             hint="Leave --calibration out: channels are then chosen from the weights.",
         ) from error
@@ -170,12 +177,20 @@ def _calibration(choice: str | None, folder: Path, seed: int) -> Any:
 
 
 def _dry_run(folder: Path, out: Path, recipe: LockConfig, batches: Any, *, as_json: bool) -> None:
+    from specdef.errors import CheckpointError
     from specdef.lock.certificate import count_reasons
     from specdef.lock.lock import calibrate_checkpoint, plan_lock
-    from specdef.weights.checkpoint import Checkpoint
+    from specdef.weights.atomic import refuse_existing
+    from specdef.weights.checkpoint import CERTIFICATE_NAME, Checkpoint
 
+    # what a real run refuses, a dry run refuses too
+    refuse_existing(out)
     checkpoint = Checkpoint.open(folder)
     checkpoint.require_float()
+    if (checkpoint.folder / CERTIFICATE_NAME).exists():
+        raise CheckpointError(
+            "is locked already", path=folder, hint="Unlock it first, or lock the original."
+        )
     scores = calibrate_checkpoint(checkpoint, batches, recipe) if batches is not None else None
     plan = plan_lock(checkpoint, recipe, scores=scores)
     _, dropped = checkpoint.other_files()
@@ -221,28 +236,40 @@ def output_bytes(source_bytes: int, plan: LockPlan) -> int:
 
 
 def _check(
-    folder: Path, out: Path, certificate: LockCertificate, check: bool | None, *, quiet: bool
+    folder: Path,
+    out: Path,
+    certificate: LockCertificate,
+    check: bool | None,
+    *,
+    device: str,
+    quiet: bool,
 ) -> bool | None:
     """Compare outputs, record the difference in the certificate, and say whether they are identical."""
-    from dataclasses import replace
-
-    from specdef.lock.card import write_card
+    from specdef.errors import CheckpointError
     from specdef.lock.verify import DTYPES, compare_outputs
     from specdef.weights.checkpoint import Checkpoint
 
+    wanted = check
     if check is None:
-        check = certificate.method != "scaled" and Checkpoint.open(folder).nbytes < CHECK_BELOW
-    if not check:
+        wanted = certificate.method != "scaled" and Checkpoint.open(folder).nbytes < CHECK_BELOW
+    if not wanted:
         return None
     results = []
     for dtype in DTYPES:
         if not quiet:
             say(f"lock: comparing outputs in {dtype}")
-        results.append(compare_outputs(out, folder, dtype))
-    certificate.output_difference.update({r.dtype: r.max_abs_logit_difference for r in results})
-    recorded = replace(certificate)
-    write_card(out, recorded)
-    recorded.write(out)
+        try:
+            results.append(compare_outputs(out, folder, dtype, device=device))
+        except CheckpointError as error:
+            if check:
+                error.hint = f"{out} was written, but its outputs were not compared. {error.hint}"
+                raise
+            say(f"outputs were not compared: {error}")
+            return None
+    certificate.output_difference.update(
+        {r.dtype: d for r in results if math.isfinite(d := r.max_abs_logit_difference)}
+    )
+    certificate.write(out)
     return all(r.bit_identical for r in results)
 
 

@@ -7,17 +7,28 @@ from typing import Annotated
 
 import typer
 
-from specdef.cli.common import Config, Json, find_model, print_json, progress_bar, say
+from specdef.cli.common import (
+    Config,
+    Device,
+    Json,
+    Seed,
+    find_model,
+    print_json,
+    progress_bar,
+    say,
+)
 
 
 def unlock(
     locked: Annotated[str, typer.Argument(help="Locked folder or hub id.")],
     restored: Annotated[Path, typer.Argument(help="Folder to create.")],
     key: Annotated[Path, typer.Option(help="The key that `specdef lock` wrote.")],
+    seed: Seed = 0,
+    device: Device = "cpu",
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Undo a lock with its key, or refuse."""
+    """Undo a lock with its key, or refuse. Nothing is drawn and no model runs: --seed and --device change nothing."""
     from specdef.lock.unlock import unlock_checkpoint
 
     with progress_bar("unlock") as (progress, status):

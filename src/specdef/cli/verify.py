@@ -19,6 +19,9 @@ from specdef.cli.common import (
     say,
 )
 
+COMPARABLE = ("float64", "float32", "bfloat16", "float16")
+"""Dtypes a model can be loaded in."""
+
 
 def verify(
     locked: Annotated[str, typer.Argument(help="Locked folder or hub id.")],
@@ -37,6 +40,9 @@ def verify(
     config: Config = None,
 ) -> None:
     """Verify a locked model: certificate, hashes, and outputs against the original's. Exit 1 if anything fails."""
+    dtypes = parse_list(dtype) or ()
+    if not dtypes or not set(dtypes) <= set(COMPARABLE):
+        raise ValueError(f"--dtype takes some of {', '.join(COMPARABLE)}, got {dtype!r}.")
     from specdef.lock.verify import verify_checkpoint
 
     folder = find_model(locked, quiet=json)
@@ -46,7 +52,7 @@ def verify(
             folder,
             source,
             key,
-            dtypes=parse_list(dtype) or (),
+            dtypes=dtypes,
             seed=seed,
             device=device,
             progress=progress,

@@ -8,20 +8,21 @@ specdef.save_locked(model, "locked-v2", "locked.key.safetensors", like="locked")
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from specdef.errors import CheckpointError, SpecDefError
-from specdef.lock.calibrate import resolve_parameter
+from specdef.errors import CheckpointError, KeyMismatch, SpecDefError
 from specdef.lock.card import write_card
 from specdef.lock.certificate import LockCertificate, load_certificate, table_digest, tool_versions
 from specdef.lock.compensated import compensated_layers, module_path
 from specdef.lock.key import Key, load_key, require_match
+from specdef.lock.load import LOCK_ID
 from specdef.lock.lock import other_files_sha256
+from specdef.lock.names import NameMap
 from specdef.lock.projected import scaled_matrix
 from specdef.lock.unlock import inverse_edits, restore_matrix
 from specdef.weights.atomic import atomic_folder
@@ -29,9 +30,13 @@ from specdef.weights.checkpoint import (
     COMPENSATION_NAME,
     TORCH_DTYPES,
     Checkpoint,
+    tensor_sha256,
 )
 from specdef.weights.edit import ReplaceEdit, ScaleEdit
 from specdef.weights.rewrite import copy_other_files, rewrite_tensors
+
+UNLOCKED = "_specdef_unlocked"
+"""Attribute that marks a model while it is unlocked."""
 
 
 @contextmanager
@@ -49,14 +54,19 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
         The same model, unlocked.
 
     Raises:
-        SpecDefError: The key does not fit the model, or the trained weights cannot be locked exactly with it.
+        KeyMismatch: The key is of another lock.
+        SpecDefError: The model is unlocked already, or the trained weights cannot be locked exactly with the key.
     """
     key = key if isinstance(key, Key) else load_key(key)
     if key.method == "scaled":
         raise SpecDefError(
             "a scaled lock does not preserve the function, so there is nothing to train"
         )
-    weights = {name: _weight(model, name) for name in (*key.scalings, *key.projections)}
+    if getattr(model, UNLOCKED, False):
+        raise SpecDefError("the model is unlocked already", hint="Leave the other block first.")
+    names = NameMap(model)
+    weights = {name: names.tensor(name) for name in (*key.scalings, *key.projections)}
+    _require_own(model, key, weights)
     layers = compensated_layers(model)
     modules = [
         layers[path] for name in key.projections if (path := module_path(model, name)) in layers
@@ -80,6 +90,7 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
     for module in modules:
         module.unlocked = True
         module.compensation.requires_grad_(False)
+    setattr(model, UNLOCKED, True)
     try:
         yield model
     finally:
@@ -96,6 +107,7 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
             for name, projection in key.projections.items():
                 weight = weights[name]
                 weight.data = scaled_matrix(weight.detach(), projection).to(stored[name])
+        setattr(model, UNLOCKED, False)
         for module in modules:
             module.unlocked = False
             module.compensation.requires_grad_(True)
@@ -120,14 +132,15 @@ def save_locked(
         SpecDefError: The model is unlocked, or the key does not fit.
     """
     key = key if isinstance(key, Key) else load_key(key)
-    if any(layer.unlocked for layer in compensated_layers(model).values()):
+    if getattr(model, UNLOCKED, False):
         raise SpecDefError(
             "the model is unlocked", hint="Leave the `with specdef.authorised(…)` block first."
         )
     old = Checkpoint.open(like)
     certificate = load_certificate(old.folder)
     require_match(key, certificate.to_dict())
-    tensors = {name: _weight(model, name) for name in old.names}
+    names = NameMap(model)
+    tensors = {name: names.tensor(name) for name in old.names}
 
     def current(name: str) -> ReplaceEdit:
         def compute(stored: Tensor) -> Tensor:
@@ -155,6 +168,29 @@ def save_locked(
     return renewed
 
 
+def _require_own(model: nn.Module, key: Key, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a key of another model: a foreign absorbed key would silently scale the wrong channels.
+
+    Raises:
+        KeyMismatch: The model's lock is another one, or cannot be told and the weights are not those of the key.
+    """
+    lock_id = getattr(model, LOCK_ID, None)
+    if (
+        lock_id is None
+    ):  # loaded by other means: the weights themselves must be those that were locked
+        own = all(
+            name in key.hashes and tensor_sha256(weight.detach()) == key.hashes[name].after
+            for name, weight in weights.items()
+        )
+    else:
+        own = lock_id == key.lock_id
+    if not own:
+        raise KeyMismatch(
+            "the key is not of this model's lock",
+            hint="Load the locked folder with specdef.load_model and use the key that was written with it.",
+        )
+
+
 def _renewed(
     old: LockCertificate, hashes: dict[str, tuple[str, str]], folder: Path
 ) -> LockCertificate:
@@ -172,18 +208,6 @@ def _renewed(
         "output_difference": {},
     }
     return LockCertificate(**values)
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    """Find the tensor a checkpoint calls `name`: a parameter, a buffer, or the weight inside an inserted pair."""
-    path, _, attribute = name.rpartition(".")
-    try:
-        layer = model.get_submodule(path)
-    except AttributeError:
-        layer = None
-    if layer is not None and isinstance(getattr(layer, attribute, None), Tensor):
-        return getattr(layer, attribute)  # type: ignore[no-any-return]
-    return resolve_parameter(model, name)
 
 
 def _scaled(weight: Tensor, edits: tuple[ScaleEdit, ...], name: str) -> Tensor:

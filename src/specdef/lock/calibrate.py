@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from specdef.errors import SpecDefError
+from specdef.lock.names import NameMap
 from specdef.symmetries.site import Leg, Site
 
 Batch = Mapping[str, Tensor]
@@ -44,7 +45,8 @@ def calibrated_scores(
         SpecDefError: A consumer is no plain module of the model, or the loss is missing or not finite.
     """
     legs = {leg.tensor: leg for site in sites for leg in site.consumers}
-    weights = {name: resolve_parameter(model, name) for name in legs}
+    names = NameMap(model)
+    weights = {name: names.tensor(name) for name in legs}
     gradients = {
         name: torch.zeros(_axis_length(weights[name], leg), dtype=torch.float64)
         for name, leg in legs.items()
@@ -60,9 +62,11 @@ def calibrated_scores(
             weight = weights[name]
             weight.requires_grad_(True)
             handles.append(
-                parameter.register_post_accumulate_grad_hook(_collect(gradients[name], leg))
+                weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    _collect(gradients[name], leg)
+                )
             )
-            module, dim = _reader(model, name, leg)
+            module, dim = _reader(model, weight, leg)
             handles.append(module.register_forward_pre_hook(_watch(activity, rows, name, dim)))
         for number, batch in enumerate(batches):
             with torch.enable_grad():
@@ -86,41 +90,15 @@ def calibrated_scores(
     return {site.name: _score(site, gradients, activity, rows, channel) for site in sites}
 
 
-def resolve_parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """Find the parameter a checkpoint calls `name`, with or without the base model's prefix.
-
-    Args:
-        model: The model.
-        name: Tensor name in the checkpoint.
-
-    Returns:
-        The parameter.
-
-    Raises:
-        SpecDefError: The model has none.
-    """
-    prefix = getattr(model, "base_model_prefix", "")
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        try:
-            return model.get_parameter(candidate)
-        except AttributeError:
-            continue
-    raise SpecDefError(
-        f"the model in memory has no parameter {name}",
-        hint="transformers stacks the experts of this family in memory: use the data-free selection.",
-    )
-
-
-def _reader(model: nn.Module, name: str, leg: Leg) -> tuple[nn.Module, int]:
+def _reader(model: nn.Module, parameter: Tensor, leg: Leg) -> tuple[nn.Module, int]:
     """Return the module that multiplies by this weight, and the dimension of its input the channel runs along."""
-    parameter = resolve_parameter(model, name)
     for module in model.modules():
         if getattr(module, "weight", None) is parameter and not leg.lead:
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 return module, 1
             return module, -1
     raise SpecDefError(
-        f"{name} is not the weight of a plain linear layer, so its input cannot be watched",
+        f"{leg.tensor} is not the weight of a plain linear layer, so its input cannot be watched",
         hint="Use the data-free selection.",
     )
 

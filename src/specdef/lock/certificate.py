@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from specdef.errors import CertificateMismatch, CheckpointError
+from specdef.weights.atomic import atomic_file
 from specdef.weights.checkpoint import CERTIFICATE_NAME, read_json
 
 _FORMAT = "specdef-certificate-1"
@@ -111,7 +112,8 @@ class LockCertificate:
         values = {"format": _FORMAT, **values}
         values["sha256"] = _digest(values)
         path = folder / CERTIFICATE_NAME
-        path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        with atomic_file(path) as work:  # `specdef lock` writes it again once outputs are compared
+            work.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return path
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from specdef.errors import SpecDefError
+from specdef.lock.names import NameMap
 
 MODEL_TYPE = "specdef-compensated"
 """Written as `model_type`: a runtime that knows nothing of C then refuses the folder, instead of running W~ alone."""
@@ -27,26 +28,20 @@ class Compensated(nn.Module):
 
     def __init__(self, base: nn.Module, compensation: Tensor) -> None:
         super().__init__()
-        self.base = base
+        # Not registered: the parameters stand under the names they have in the checkpoint; of the layer itself only
+        # its type and, for a convolution, its stride and padding are used.
+        object.__setattr__(self, "_base", base)
+        self.weight: nn.Parameter = base.get_parameter("weight")
+        self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
         self.compensation = nn.Parameter(compensation.clone())
         self.unlocked = False
-
-    @property
-    def weight(self) -> Tensor:
-        """The stored weight of the wrapped layer."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias, which acts behind C."""
-        return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return C (W~ x) + b in the dtype of x; while unlocked, when the weight holds W, W x + b."""
         weight = self.weight
         out = x.to(weight.dtype)
-        if isinstance(self.base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            out = self.base._conv_forward(out, weight, None)  # type: ignore[operator]
+        if isinstance(self._base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            out = self._base._conv_forward(out, weight, None)
             if not self.unlocked:
                 ones = (1,) * (out.ndim - 2)
                 convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[
@@ -55,7 +50,7 @@ class Compensated(nn.Module):
                 out = convolve(out, self.compensation[(...,) + (None,) * len(ones)])
             bias = None if self.bias is None else self.bias.reshape(-1, *(1,) * (out.ndim - 2))
         else:
-            transposed = not isinstance(self.base, nn.Linear)
+            transposed = not isinstance(self._base, nn.Linear)
             out = functional.linear(out, weight.T if transposed else weight)
             if not self.unlocked:
                 out = functional.linear(out, self.compensation)
@@ -92,23 +87,23 @@ def compensated_layers(model: nn.Module) -> dict[str, Compensated]:
 def module_path(model: nn.Module, name: str) -> str:
     """Return the path of the module whose weight a checkpoint calls `name`.
 
+    Args:
+        model: The model, with or without inserted layers.
+        name: Tensor name in the checkpoint.
+
+    Returns:
+        Path of the linear layer or convolution, or of the pair that replaced it.
+
     Raises:
         SpecDefError: There is none, or it is neither linear nor a plain convolution.
     """
-    path, _, attribute = name.rpartition(".")
-    prefix = getattr(model, "base_model_prefix", "")
-    for candidate in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")):
-        try:
-            module = model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        if isinstance(module, Compensated):
-            return candidate
-        convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
-        if attribute == "weight" and (
-            isinstance(module, nn.Linear) or convolution or _is_conv1d(module)
-        ):
-            return candidate
+    path, _, attribute = NameMap(model).name(name).rpartition(".")
+    module = model.get_submodule(path)
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
+    if attribute == "weight" and (
+        isinstance(module, nn.Linear | Compensated) or convolution or _is_conv1d(module)
+    ):
+        return path
     raise SpecDefError(
         f"{name} is not the weight of a linear layer or plain convolution of {type(model).__name__}",
         hint="Leave it out with --target-modules, or use --method absorbed.",

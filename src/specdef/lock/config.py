@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ class LockConfig:
     channel: Channel = "least-useful"
     k: int = 25
     num_layers: int = 5
-    target_modules: tuple[str, ...] | None = None
+    target_modules: tuple[str, ...] | str | None = None
     layers: tuple[int, ...] | None = None
     storage_dtype: Literal["float32"] | None = None
     max_relative_error: float = 1e-2
@@ -65,6 +66,12 @@ class LockConfig:
                 )
         for name in ("target_modules", "layers"):  # lists and single values are what people type
             value = getattr(self, name)
+            if (
+                name == "target_modules"
+                and isinstance(value, str)
+                and not re.fullmatch(r"[\w.]+", value)
+            ):
+                continue  # a regular expression, which `matches` takes as it is
             if value is not None and not isinstance(value, tuple):
                 value = (value,) if isinstance(value, str | int) else tuple(value)
                 object.__setattr__(self, name, value)

@@ -11,8 +11,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from specdef.errors import CheckpointError
-from specdef.lock.compensated import MODEL_TYPE, insert_compensation, module_path
-from specdef.weights.checkpoint import BASE_CONFIG_NAME, COMPENSATION_NAME, Checkpoint, read_json
+from specdef.lock.compensated import MODEL_TYPE, insert_compensation
+from specdef.lock.names import NameMap
+from specdef.weights.checkpoint import (
+    BASE_CONFIG_NAME,
+    CERTIFICATE_NAME,
+    COMPENSATION_NAME,
+    Checkpoint,
+    read_json,
+)
+
+LOCK_ID = "_specdef_lock_id"
+"""Attribute of a loaded model that names its lock."""
 
 
 def load_model(
@@ -49,6 +59,8 @@ def load_model(
     kind: Any = classes[0]
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
+    progress_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = kind.config_class.from_dict(dict(values))
         model, report = kind.from_pretrained(
@@ -61,6 +73,9 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"cannot be loaded ({error})", path=folder) from error
+    finally:
+        if progress_bars:
+            transformers.utils.logging.enable_progress_bar()
     if report["missing_keys"]:
         raise CheckpointError(
             f"lacks {len(report['missing_keys'])} tensors of {architectures[0]}, among them "
@@ -68,6 +83,8 @@ def load_model(
         )  # fmt: skip
     if compensated:
         _insert(model, folder, checkpoint)
+    if (folder / CERTIFICATE_NAME).exists():
+        setattr(model, LOCK_ID, read_json(folder / CERTIFICATE_NAME).get("lock_id"))
     module: nn.Module = model.eval().to(device)
     return module
 
@@ -79,7 +96,7 @@ def _insert(model: nn.Module, folder: Path, checkpoint: Checkpoint) -> None:
     layers = load_file(path)
     for name, matrix in layers.items():
         # A pair stored wider than the model keeps its own dtype: narrowed, it would no longer be the function.
-        parameter = model.get_submodule(module_path(model, name)).get_parameter("weight")
+        parameter = NameMap(model).tensor(name)
         if parameter.dtype != matrix.dtype:
             parameter.data = checkpoint.read(name).to(matrix.dtype)
     insert_compensation(model, layers)

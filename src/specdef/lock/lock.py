@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from specdef.errors import CheckpointError, SpecDefError
 from specdef.lock.absorbed import plan_absorbed, select_sites
-from specdef.lock.calibrate import Batch, calibrated_scores, resolve_parameter
+from specdef.lock.calibrate import Batch, calibrated_scores
 from specdef.lock.card import write_card
 from specdef.lock.certificate import (
     LockCertificate,
@@ -27,6 +27,7 @@ from specdef.lock.certificate import (
 from specdef.lock.compensated import insert_compensation, locked_config
 from specdef.lock.config import LockConfig
 from specdef.lock.key import Key, encode_residual
+from specdef.lock.load import LOCK_ID, load_model
 from specdef.lock.merge import merge
 from specdef.lock.plan import LockPlan
 from specdef.lock.projected import compensation, plan_projected, scaled_matrix
@@ -233,6 +234,7 @@ def lock_model(
     certificate = build_certificate(
         plan, key, config, files={}, source_name=type(model).__name__, calibrated=scores is not None
     )
+    setattr(model, LOCK_ID, key.lock_id)
     return LockedModel(
         model=model, key=key, certificate=replace(certificate, seconds=time.perf_counter() - began)
     )
@@ -251,14 +253,9 @@ def calibrate_checkpoint(
     Returns:
         Site name to channel scores, as `plan_lock` takes them.
     """
-    from specdef.lock.load import load_model
-
     sites = find_sites(checkpoint.config, checkpoint.shapes).sites
     chosen = select_sites([site for site in sites if site.kind != "offset-norm"], config)
     model = load_model(checkpoint.folder).eval()
-    for site in chosen:
-        for leg in site.consumers:
-            resolve_parameter(model, leg.tensor)
     return calibrated_scores(model, chosen, batches, channel=config.channel)
 
 

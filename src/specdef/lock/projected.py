@@ -10,7 +10,8 @@ which needs only U_k, holds for any W (also one that was trained since), and mak
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from specdef.weights.source import TensorSource
 
 _PROBES = 64
 """Gaussian inputs the rounding error of a compensated pair is measured on."""
+
+_WORST = 8
+"""Matrices with the largest errors that a smaller scale is tried on before it is named."""
 
 
 def plan_projected(
@@ -68,21 +72,17 @@ def plan_projected(
             )
         left, values, _, residual = topk_svd(matrix, k, seed=config.seed)
         basis = torch.linalg.qr(left.double()).Q  # C inverts W~ only as well as U_k is orthonormal
-        dtype = source.dtype(name)
         projection = Projection(
-            basis=basis, scale=config.top, dtype=DTYPE_NAMES[dtype], transposed=transposed
+            basis=basis,
+            scale=config.top,
+            dtype=DTYPE_NAMES[source.dtype(name)],
+            transposed=transposed,
         )
         error = None
         if config.method == "compensated":
-            dtype = torch.float32 if config.storage_dtype else dtype
-            error = pair_error(matrix, projection, dtype, seed=config.seed)
-            if not error <= config.max_relative_error:
-                fits = config.top * config.max_relative_error / error
-                raise SpecDefError(
-                    f"{name}: at scale {config.top:g} the compensated pair adds a relative error of {error:.2g} in "
-                    f"{str(dtype).removeprefix('torch.')} (allowed: {config.max_relative_error:g}); the largest scale that fits is about {_floor(fits):g}",
-                    hint="Use that scale, --storage-dtype float32 for the locked pairs, or --method absorbed (exact).",
-                )
+            error = pair_error(
+                matrix, projection, _pair_dtype(source, name, config), seed=config.seed
+            )
         projections[name] = projection
         records.append(
             SiteRecord(
@@ -91,6 +91,8 @@ def plan_projected(
                 residual=float(residual.max()), relative_error=error,
             )
         )  # fmt: skip
+    if config.method == "compensated":
+        _require_budget(source, config, projections, records)
     largest = max(records, key=lambda record: record.sigma_max_after or 0.0)
     return LockPlan(
         method=config.method,
@@ -183,6 +185,55 @@ def pair_error(
     exact = matrix @ x.double()
     error = float((y.double() - exact).norm() / exact.norm())
     return error if error == error else float("inf")
+
+
+def _pair_dtype(source: TensorSource, name: str, config: LockConfig) -> torch.dtype:
+    return torch.float32 if config.storage_dtype else source.dtype(name)
+
+
+def _require_budget(
+    source: TensorSource,
+    config: LockConfig,
+    projections: Mapping[str, Projection],
+    records: Sequence[SiteRecord],
+) -> None:
+    """Refuse a scale whose rounding would break the function, and name the largest one that was found to fit.
+
+    Raises:
+        SpecDefError: A pair adds more than the error allowed.
+    """
+    worst = max(records, key=lambda record: record.relative_error or 0.0)
+    error = worst.relative_error or 0.0
+    if error <= config.max_relative_error:
+        return
+    scale = _floor(config.top * config.max_relative_error / error) if error < float("inf") else 2.0
+    matrices = {  # worst first: most scales that do not fit are found out by the first matrix
+        r.name: as_matrix(source.read(r.name), transposed=projections[r.name].transposed).double()
+        for r in sorted(records, key=lambda r: -(r.relative_error or 0.0))[:_WORST]
+    }
+
+    def fits(scale: float) -> bool:
+        return all(
+            pair_error(
+                matrix,
+                replace(projections[name], scale=scale),
+                _pair_dtype(source, name, config),
+                seed=config.seed,
+            )
+            <= config.max_relative_error
+            for name, matrix in matrices.items()
+        )
+
+    while scale > 1 and not fits(scale):
+        scale = _floor(
+            0.9 * scale
+        )  # part of the error is the dtype's own and does not fall with the scale
+    remedy = f"the largest scale that fits is about {scale:g}" if scale > 1 else "no scale fits"
+    raise SpecDefError(
+        f"{worst.name}: at scale {config.top:g} the compensated pair adds a relative error of {error:.2g} in "
+        f"{str(_pair_dtype(source, worst.name, config)).removeprefix('torch.')} (allowed: {config.max_relative_error:g}); {remedy}",
+        hint="Use that scale, --storage-dtype float32 for the locked pairs, or --method absorbed (exact).",
+    )
 
 
 def _floor(value: float) -> float:

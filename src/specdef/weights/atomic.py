@@ -7,10 +7,11 @@ the same target removes it.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from specdef.errors import CheckpointError
@@ -40,7 +41,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield work
         for path in sorted(work.rglob("*")):
-            if path.is_file():
+            if not path.is_symlink():
                 _sync(path)
         _sync(work)
         os.rename(work, target)  # over an empty folder too; over anything else it fails
@@ -75,7 +76,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(target, error) from error
     finally:
-        work.unlink(missing_ok=True)
+        with suppress(OSError):
+            work.unlink()
 
 
 def refuse_existing(target: Path) -> None:
@@ -87,8 +89,11 @@ def refuse_existing(target: Path) -> None:
     Raises:
         CheckpointError: Something is there already.
     """
-    if target.is_dir() and not any(target.iterdir()):
-        return
+    try:
+        if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+            return
+    except OSError as error:
+        raise _unwritable(target, error) from error
     if os.path.lexists(target):
         raise CheckpointError(
             "already exists", path=target, hint="Name a new folder, or remove this one first."
@@ -100,7 +105,7 @@ def _work_path(target: Path) -> Path:
 
 
 def _remove_leftovers(target: Path) -> None:
-    for path in target.parent.glob(f".{target.name}.specdef-*"):
+    for path in target.parent.glob(f".{glob.escape(target.name)}.specdef-*"):
         pid = path.name.rpartition("-")[2]
         if pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

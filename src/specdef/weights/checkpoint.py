@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from specdef.errors import CheckpointError
-from specdef.weights.header import Header, TensorInfo, read_header
+from specdef.weights.header import DTYPE_BITS, Header, TensorInfo, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -40,12 +40,14 @@ TORCH_DTYPES = {
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors$")
+_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors$")
 # Other copies of the weights. Carried over, an unlocked one would sit beside the locked model.
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf",
-    ".ggml", ".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".nemo", ".ot",
+    ".ggml", ".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".nemo", ".ot", ".pte", ".distcp",
+    ".engine", ".llamafile",
 }  # fmt: skip
+_WRAPPERS = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".bak", ".old", ".orig", ".data"}
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|absmax|quant_map|quant_state.*|weight_scale.*|SCB)$|_(blocks|scales)$"
 )
@@ -85,7 +87,10 @@ class Checkpoint:
             raise CheckpointError(
                 "is not a folder", path=folder, hint="Name a model folder or hub id."
             )
-        names, weight_map = _shards(folder)
+        try:
+            names, weight_map = _shards(folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror})", path=folder) from error
         headers = {name: read_header(_inside(folder, name)) for name in names}
         location: dict[str, str] = {}
         for shard, header in headers.items():
@@ -106,7 +111,8 @@ class Checkpoint:
             )  # fmt: skip
         if not location:
             raise CheckpointError("holds no tensors", path=folder)
-        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        path = _inside(folder, "config.json")
+        config = read_json(path) if os.path.lexists(path) else {}
         return cls(folder=folder, headers=headers, location=location, config=config)
 
     def __contains__(self, name: str) -> bool:
@@ -171,16 +177,20 @@ class Checkpoint:
             CheckpointError: The weights are stored in an integer, 8-bit or 4-bit format.
         """
         hint = "Lock the float checkpoint, then quantise the locked one (see docs/limits.md)."
-        if self.config.get("quantization_config"):
-            method = self.config["quantization_config"].get("quant_method", "unknown")
+        settings = self.config.get("quantization_config") or self.config.get("compression_config")
+        if settings:
+            method = (
+                settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+            )
             raise CheckpointError(
-                f"is quantised ({method})", path=self.folder / "config.json", hint=hint
+                f"is quantised ({method!s:.80})", path=self.folder / "config.json", hint=hint
             )
         for name, info in self.infos.items():
-            packed = info.dtype.startswith(("F8", "F6", "F4")) or info.dtype in ("I8", "U8")
-            if _QUANTISED.search(name) or (
-                packed and len(info.shape) >= 2 and name.endswith("weight")
-            ):
+            # 8-bit integers under other names are masks and tables
+            packed = info.dtype.startswith(("F8_", "F6_", "F4")) or (
+                info.dtype in ("I8", "U8") and name.endswith("weight")
+            )
+            if _QUANTISED.search(name) or (packed and len(info.shape) >= 2):
                 raise CheckpointError(
                     f"is quantised ({info.dtype})", path=self.folder, tensor=name, hint=hint
                 )
@@ -190,6 +200,9 @@ class Checkpoint:
 
         Returns:
             (carried, dropped): relative paths of files to copy, and of other copies of the weights, which are not.
+
+        Raises:
+            CheckpointError: A link leaves the folder or leads nowhere, or something is no file (a pipe).
         """
         carried: list[str] = []
         dropped: list[str] = []
@@ -200,10 +213,14 @@ class Checkpoint:
                 path = (Path(root) / file).relative_to(self.folder)
                 if str(path) in ours or file.startswith(".specdef"):
                     continue
-                copy = path.suffix in _WEIGHT_SUFFIXES or file.endswith(".index.json")
-                (dropped if copy else carried).append(path.as_posix())
+                (dropped if _is_weights(file) else carried).append(path.as_posix())
         for name in carried:
-            _inside(self.folder, name)
+            if not _inside(self.folder, name).is_file():
+                raise CheckpointError(
+                    "is a broken link or no ordinary file",
+                    path=self.folder / name,
+                    hint="The download is incomplete; fetch it again, or remove the entry.",
+                )
         return carried, dropped
 
 
@@ -217,6 +234,9 @@ class TensorFile:
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self.info = checkpoint.info(name)
+        # A row of 4- or 6-bit elements may end inside a byte: such a tensor is cut as the bytes it is.
+        whole = DTYPE_BITS[self.info.dtype] % 8 == 0
+        self.shape = self.info.shape if whole else (self.info.nbytes,)
         shard = checkpoint.location[name]
         self._path = checkpoint.folder / shard
         self._offset = checkpoint.headers[shard].data_start + self.info.begin
@@ -261,7 +281,7 @@ class TensorFile:
             (prefix, start, rows, offset): fixed indices of the leading axes, first row and number of rows along the
             axis behind them, and the block's first byte. A scalar is one block of one row.
         """
-        shape = self.info.shape
+        shape = self.shape
         if self.info.nbytes == 0 or not shape:
             yield (), 0, shape[0] if shape else 1, 0
             return
@@ -346,6 +366,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: It cannot be read or is no object.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited on forever
+            raise CheckpointError("is not a regular file", path=path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror})", path=path) from error
@@ -359,7 +381,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     files = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
     files = [name for name in files if name != COMPENSATION_NAME]
-    has_index = (folder / INDEX_NAME).exists()
+    has_index = os.path.lexists(_inside(folder, INDEX_NAME))
     if has_index and SINGLE_NAME in files:
         raise CheckpointError(
             f"holds both {SINGLE_NAME} and {INDEX_NAME}", path=folder,
@@ -373,13 +395,25 @@ def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             raise CheckpointError("has no weight_map of file names", path=folder / INDEX_NAME)
         names = sorted(set(weight_map.values()))
         for name in names:
-            if not _inside(folder, name).is_file():
+            path = _inside(folder, name)
+            if path.suffix != ".safetensors" or path.relative_to(folder).as_posix() != name:
+                raise CheckpointError(
+                    f"names {name!r:.80}, which is no plain name of a safetensors file",
+                    path=folder / INDEX_NAME,
+                )
+            if not path.is_file():
                 raise CheckpointError(
                     "shard is missing",
                     path=folder / name,
                     hint="The download is incomplete; fetch it again.",
                 )
-        extra = [name for name in files if _SHARD.match(name) and name not in names]
+        # A second set under another name (consolidated-…) is another copy of the weights: not read, not carried
+        sets = {match[1] for name in names if (match := _SHARD.match(name))}
+        extra = [
+            name
+            for name in files
+            if (match := _SHARD.match(name)) and match[1] in sets and name not in names
+        ]
         if extra:
             raise CheckpointError(
                 "shard is not named in the index",
@@ -411,17 +445,32 @@ def _inside(folder: Path, name: str) -> Path:
     """Join, refusing names and links that leave the folder (a hub cache links to its own blobs)."""
     path = folder / name
     parts = Path(name).parts
-    root = folder.resolve()
-    target = path.resolve()
+    try:
+        root = folder.resolve()
+        target = path.resolve()
+    except (ValueError, RuntimeError) as error:  # a NUL character; links in a circle
+        raise CheckpointError(f"path {name!r:.80} cannot be followed", path=folder) from error
     blobs = root.parent.parent / "blobs"
     at_home = target.is_relative_to(root) or (
         root.parent.name == "snapshots" and target.is_relative_to(blobs)
     )
     if not name or "\\" in name or Path(name).is_absolute() or ".." in parts or not at_home:
         raise CheckpointError(
-            f"path {name!r} leaves the folder", path=folder, hint="Do not trust this checkpoint."
+            f"path {name!r:.80} leaves the folder",
+            path=folder,
+            hint="Do not trust this checkpoint.",
         )
     return path
+
+
+def _is_weights(file: str) -> bool:
+    """Say whether a file name is that of another copy of the weights, also of a packed or renamed one."""
+    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
+    while suffixes and suffixes[-1] in _WRAPPERS:
+        suffixes.pop()
+    return bool(suffixes) and (
+        suffixes[-1] in _WEIGHT_SUFFIXES or suffixes[-2:] == [".index", ".json"]
+    )
 
 
 def _prefixes(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

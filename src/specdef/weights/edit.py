@@ -6,6 +6,7 @@ its inverse has the exponent negated: that is why an absorbed lock can be undone
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -116,11 +117,12 @@ def scale_exactly(values: Tensor, exponent: int) -> Tensor | None:
     >>> scale_exactly(torch.tensor([1.0]), 128) is None  # above the largest float32
     True
     """
+    if not -1022 <= exponent <= 1022:  # the factor and its inverse must themselves be normal
+        return None
     tiny = torch.finfo(values.dtype).tiny
-    scaled = torch.ldexp(values.to(torch.float64), torch.tensor(exponent)).to(values.dtype)
+    # Not torch.ldexp, which computes 2^exponent in float32 and so fails above 2^127.
+    scaled = (values.to(torch.float64) * math.ldexp(1.0, exponent)).to(values.dtype)
     size, scaled_size = values.abs(), scaled.abs()
-    exact = torch.ldexp(scaled.to(torch.float64), torch.tensor(-exponent)) == values.to(
-        torch.float64
-    )
+    exact = scaled.to(torch.float64) * math.ldexp(1.0, -exponent) == values.to(torch.float64)
     normal = (values == 0) | ((size >= tiny) & (scaled_size >= tiny))
     return scaled if bool((exact & normal & scaled.isfinite()).all()) else None

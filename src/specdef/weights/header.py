@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,21 @@ from typing import Any
 from specdef.errors import CheckpointError
 
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F32": 32, "U32": 32, "I32": 32,
+    "BF16": 16, "F16": 16, "U16": 16, "I16": 16,
+    "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8,
+    "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4, "BOOL": 8,
 }  # fmt: skip
-"""Bits per element of every dtype the safetensors format names."""
+"""Bits per element of every dtype the safetensors format names, in the order the reference implementation writes them."""
 
 FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 """Dtypes whose values can be edited; all others are carried over untouched."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit the reference implementation of safetensors sets."""
+
+MAX_AXES = 64
+"""The most axes torch and numpy compute with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,8 @@ def read_header(path: Path) -> Header:
         CheckpointError: The file is missing, truncated, or its header lies about it.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited on forever
+            raise CheckpointError("is not a regular file", path=path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
@@ -109,7 +115,7 @@ def read_header(path: Path) -> Header:
 def parse_header(raw: bytes, file_size: int, *, path: str | Path = "") -> Header:
     """Parse header bytes and check them against the size of the file.
 
-    Differs from the reference implementation in that duplicate keys are refused too.
+    Differs from the reference implementation in that duplicate keys and more than 64 axes are refused too.
 
     Args:
         raw: Length prefix and JSON.
@@ -124,14 +130,14 @@ def parse_header(raw: bytes, file_size: int, *, path: str | Path = "") -> Header
     """
     if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
         raise _bad(path, "header length does not match")
+    if raw[8:9] != b"{":
+        raise _bad(path, "header is not a JSON object")
     try:
         entries = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_unique)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise _bad(path, f"header is not valid JSON ({error})") from error
-    if not isinstance(entries, dict):
-        raise _bad(path, "header is not a JSON object")
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, metadata.values())):
         raise _bad(path, "__metadata__ must map strings to strings")
     infos = sorted(
         (_entry(name, entry, path) for name, entry in entries.items()),
@@ -153,7 +159,7 @@ def parse_header(raw: bytes, file_size: int, *, path: str | Path = "") -> Header
 def build_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> Header:
-    """Build a header for tensors laid end to end in the given order.
+    """Build a header for tensors laid end to end in the given order, as the reference implementation writes it.
 
     Args:
         tensors: Name to (dtype name, shape).
@@ -168,7 +174,7 @@ def build_header(
         begin, end = end, end + _nbytes(dtype, shape)
         infos[name] = TensorInfo(name=name, dtype=dtype, shape=tuple(shape), begin=begin, end=end)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    body = json.dumps(entries, separators=(",", ":")).encode()
+    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
     return Header(
         tensors=infos, metadata=dict(metadata), raw=len(body).to_bytes(8, "little") + body
@@ -179,12 +185,12 @@ def _entry(name: str, entry: Any, path: str | Path) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, "entry must have dtype, shape and data_offsets alone", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
-        raise _bad(path, f"unknown dtype {dtype!r}", name)
-    if not _naturals(shape):
-        raise _bad(path, f"shape {shape!r} is not a list of non-negative integers", name)
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _bad(path, f"unknown dtype {dtype!r:.80}", name)
+    if not _naturals(shape) or len(shape) > MAX_AXES:
+        raise _bad(path, f"shape {shape!r:.80} is not a list of non-negative integers", name)
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _bad(path, f"data_offsets {offsets!r} are not two rising integers", name)
+        raise _bad(path, f"data_offsets {offsets!r:.80} are not two rising integers", name)
     if DTYPE_BITS[dtype] * _prod(shape) != 8 * (offsets[1] - offsets[0]):
         raise _bad(path, f"{dtype} {shape} does not fill data_offsets {offsets}", name)
     return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), begin=offsets[0], end=offsets[1])
@@ -210,7 +216,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         raise ValueError("duplicate key")
+    if not all(map(_is_text, out)):
+        raise ValueError("key is no Unicode text")
     return out
+
+
+def _is_text(value: Any) -> bool:
+    """Say whether a value is a string that can be encoded: JSON can escape half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _bad(path: str | Path, message: str, tensor: str = "") -> CheckpointError:

@@ -29,7 +29,7 @@ from specdef.weights.checkpoint import (
     as_tensor,
 )
 from specdef.weights.edit import Edit, ReplaceEdit
-from specdef.weights.header import Header, TensorInfo, build_header
+from specdef.weights.header import DTYPE_BITS, Header, build_header
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); library code never prints."""
@@ -69,9 +69,11 @@ def rewrite_tensors(
         Tensor name to hashes, in the checkpoint's order.
 
     Raises:
-        CheckpointError: A tensor cannot be read, or holds NaN or Inf.
+        CheckpointError: A tensor cannot be read, holds NaN or Inf, or is not there for an edit.
         OutOfRange: A scaling does not fit.
     """
+    for name, edit in edits.items():
+        _check_fits(source, name, edit)
     headers = {shard: _new_header(header, edits) for shard, header in source.headers.items()}
     handles: dict[str, int] = {}
     stop = threading.Event()
@@ -89,12 +91,16 @@ def rewrite_tensors(
         shard = source.location[name]
         sink = _Sink(handles.get(shard), headers[shard], name)
         edit = edits.get(name, ())
-        with TensorFile(source, name) as file:
-            if isinstance(edit, ReplaceEdit):
-                hashes = _replace(source, name, edit, sink)
-                advance(file.info.nbytes)
-            else:
-                hashes = _stream(file, edit, sink, stop, advance)
+        try:
+            with TensorFile(source, name) as file:
+                if isinstance(edit, ReplaceEdit):
+                    hashes = _replace(source, name, edit, sink)
+                    advance(file.info.nbytes)
+                else:
+                    hashes = _stream(file, edit, sink, stop, advance)
+        except BaseException:
+            stop.set()  # here, so that no thread begins another tensor before the main thread wakes up
+            raise
         return name, hashes
 
     try:
@@ -184,7 +190,7 @@ def _stream(
     for prefix, start, rows, offset in file.blocks():
         if stop.is_set():
             break
-        buffer = _buffer(rows * info.nbytes // _rows(info, len(prefix)))
+        buffer = _buffer(rows * info.nbytes // _rows(file.shape, len(prefix)))
         file.read_into(buffer, offset)
         before.update(buffer)
         if info.is_float:
@@ -210,10 +216,10 @@ def _buffer(nbytes: int) -> memoryview:
     return memoryview(_reused.memory)[:nbytes]
 
 
-def _rows(info: TensorInfo, axis: int) -> int:
-    """Return how many rows the tensor has along `axis`, all leading indices taken together."""
+def _rows(shape: tuple[int, ...], axis: int) -> int:
+    """Return how many rows a tensor has along `axis`, all leading indices taken together."""
     rows = 1
-    for n in info.shape[: axis + 1]:
+    for n in shape[: axis + 1]:
         rows *= n
     return max(rows, 1)
 
@@ -223,7 +229,12 @@ def _replace(source: Checkpoint, name: str, edit: ReplaceEdit, sink: _Sink) -> T
     check_finite(old, name, source.folder / source.location[name])
     before = hashlib.sha256(as_bytes(old)).hexdigest()
     new = edit.compute(old)
-    data = as_bytes(new.to(TORCH_DTYPES[edit.dtype]) if edit.dtype else new)
+    new = new.to(TORCH_DTYPES[edit.dtype]) if edit.dtype else new
+    if new.shape != old.shape or not (edit.dtype or new.dtype == old.dtype):
+        raise ValueError(
+            f"{name}: an edit must keep {old.dtype} {tuple(old.shape)}, got {new.dtype} {tuple(new.shape)}."
+        )
+    data = as_bytes(new)
     sink.write(data, 0)
     return TensorHashes(before=before, after=hashlib.sha256(data).hexdigest())
 
@@ -237,11 +248,39 @@ def _new_header(header: Header, edits: Mapping[str, Edit]) -> Header:
     if not dtypes:
         return header
     layout = {n: (dtypes.get(n, info.dtype), info.shape) for n, info in header.tensors.items()}
-    return build_header(layout, header.metadata)
+    # Wider dtypes first, then by name, as safetensors writes them: every tensor stays aligned to its own width, and
+    # changing a dtype back restores the file.
+    order = sorted(layout, key=lambda n: (list(DTYPE_BITS).index(layout[n][0]), n))
+    return build_header({n: layout[n] for n in order}, header.metadata)
+
+
+def _check_fits(source: Checkpoint, name: str, edit: Edit) -> None:
+    """Refuse an edit of a place the checkpoint has not: it would be skipped in silence, block by block."""
+    info = source.info(name)
+    if isinstance(edit, ReplaceEdit) or not edit:
+        return
+    if not info.is_float:
+        raise CheckpointError(
+            f"{info.dtype} values cannot be scaled", path=source.folder, tensor=name
+        )
+    for scaling in edit:
+        index = {**dict(enumerate(scaling.lead)), scaling.axis: scaling.position}
+        fits = len(index) == len(scaling.lead) + 1 and all(
+            0 <= axis < len(info.shape) and 0 <= position < info.shape[axis]
+            for axis, position in index.items()
+        )
+        if not fits:
+            raise CheckpointError(
+                f"shape {info.shape} has no slice {scaling.position} on axis {scaling.axis}",
+                path=source.folder,
+                tensor=name,
+                hint="The key or plan belongs to another model.",
+            )
 
 
 def _create(path: Path, header: Header) -> int:
     size = header.data_start + max((info.end for info in header.tensors.values()), default=0)
+    path.parent.mkdir(parents=True, exist_ok=True)  # the index may name shards in sub-folders
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         if size:
