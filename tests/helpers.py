@@ -85,13 +85,14 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if ".specdef-" in path.name)
 
 
-_HOOKED = ("mkdir", "open", "posix_fallocate", "pwrite", "preadv", "fsync", "close", "rename",
-           "replace", "chmod", "rmdir", "unlink")  # fmt: skip
+WRITING = ("mkdir", "open", "posix_fallocate", "pwrite", "fsync", "rename", "replace", "chmod", "rmdir", "unlink")  # fmt: skip
 
 
 @contextlib.contextmanager
-def every_call(act: Callable[[int, str], None], names: tuple[str, ...] = _HOOKED) -> Iterator[None]:
-    """Call `act(n, name)` before the n-th call, from 1, of functions of `os` that touch files, and of `open`."""
+def every_call(
+    act: Callable[[int, str], None], names: tuple[str, ...] = WRITING, *, after: bool = False
+) -> Iterator[None]:
+    """Call `act(n, name)` before (or after) the n-th call, from 1, of these functions of `os`; "open" is for writing."""
     import builtins
     import io
 
@@ -100,11 +101,23 @@ def every_call(act: Callable[[int, str], None], names: tuple[str, ...] = _HOOKED
     def hook(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
+            mode = kwargs.get("mode", args[1] if len(args) > 1 else "r")
+            if name == "open" and not (
+                mode & (os.O_WRONLY | os.O_RDWR)
+                if isinstance(mode, int)
+                else set(mode) & set("wxa+")
+            ):
+                return real(*args, **kwargs)
             with lock:
                 count += 1
                 n = count
-            act(n, name)
-            return real(*args, **kwargs)
+            if not after:
+                act(n, name)
+            try:
+                return real(*args, **kwargs)
+            finally:
+                if after:
+                    act(n, name)
 
         return hooked
 
@@ -137,7 +150,8 @@ class ForkServer:
 
         Args:
             **request: `action` ("lock" or "unlock"), `source`, `out`, `key`; to stop it, `signal` with `call` (before the
-                call of that number), `tear` (in the middle of the pwrite of that number) or `delay` (seconds).
+                writing call of that number; after it with `after`), `tear` (in the middle of the pwrite of that number)
+                or `delay` (seconds).
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request, default=str) + "\n")
@@ -214,7 +228,10 @@ def _child(request: dict[str, Any], writable: int) -> None:
     try:
         if "tear" in request:
             os.pwrite = tear  # type: ignore[assignment]
-        with every_call(act):
+        os.fsync = lambda _handle: (
+            None
+        )  # a killed process loses nothing the kernel has, and syncing takes most of the time
+        with every_call(act, after=request.get("after", False)):
             work()
     except KeyboardInterrupt:
         answer = {"status": "interrupted", "message": ""}

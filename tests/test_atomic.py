@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import every_call, leftovers, snapshot, write_folder
 
+from helpers import every_call, leftovers, snapshot, write_folder
 from specdef.errors import CheckpointError
 from specdef.weights.atomic import atomic_file, atomic_folder, refuse_existing
 from specdef.weights.checkpoint import Checkpoint

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import entry, raw_file, snapshot, write_folder, write_index
 from safetensors.torch import save_file
 
+from helpers import entry, raw_file, snapshot, write_folder, write_index
 from specdef.errors import CheckpointError
 from specdef.weights.checkpoint import (
     INDEX_NAME,

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import entry, raw_file
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from helpers import entry, raw_file
 from specdef.errors import CheckpointError
 from specdef.weights.checkpoint import DTYPE_NAMES, TORCH_DTYPES
 from specdef.weights.header import (

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import entry, raw_file, snapshot, tensor_hashes, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers import entry, raw_file, snapshot, tensor_hashes, write_folder
 from specdef.errors import CheckpointError
 from specdef.weights import rewrite as rewrite_module
 from specdef.weights.checkpoint import TORCH_DTYPES, Checkpoint, TensorFile, as_bytes

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import write_folder
 from specdef.errors import CheckpointError
 from specdef.weights import source as source_module
 from specdef.weights.checkpoint import Checkpoint, TensorFile

@@ -97,8 +97,8 @@ def inspect_tensors(
         progress: Called with (bytes done, bytes in all).
 
     Returns:
-        One record per tensor: name, shape, dtype, role; with spectra also sigma_max, stable_rank, condition, residual
-        and method where they exist, or the problem that a matrix or vector holds NaN or Inf. Stacked experts and
+        One record per tensor: name, shape, dtype, role; with spectra also sigma_max, sigma_min, stable_rank, condition,
+        residual and method where they exist, or the problem that a matrix or vector holds NaN or Inf. Stacked experts and
         quantised tensors are described without.
     """
     from specdef.spectral.topk import spectral_summary
@@ -121,7 +121,7 @@ def inspect_tensors(
             if bool(matrix.isfinite().all()):
                 summary = spectral_summary(matrix.to(device), seed=seed)
                 row |= {
-                    "sigma_max": summary.sigma_max, "stable_rank": summary.stable_rank,
+                    "sigma_max": summary.sigma_max, "sigma_min": summary.sigma_min, "stable_rank": summary.stable_rank,
                     "condition": summary.condition, "residual": summary.residual, "method": summary.method,
                 }  # fmt: skip
             else:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specdef.errors import SelectionError
+from specdef.lock.channels import Channels
 from specdef.lock.config import LockConfig
 from specdef.lock.plan import LockPlan, SiteRecord
 from specdef.lock.schedule import exponents
@@ -27,6 +28,9 @@ from specdef.weights.source import TensorSource
 
 Banned = Collection[tuple[str, int]]
 """(site name, channel) pairs that were found not to fit."""
+
+_SIGMA_TOLERANCE = 1e-4
+"""Relative residual of the sigma_max in the certificate, which is read to three or four digits."""
 
 
 def plan_absorbed(
@@ -43,7 +47,7 @@ def plan_absorbed(
     Args:
         source: The model.
         config: The recipe.
-        scores: Site name to (size,) score of each channel, from calibration; None takes `data_free_scores`.
+        scores: Site name to (size,) score of each channel, from calibration; None chooses from the weights alone.
         banned: Pairs of site and channel to avoid.
 
     Returns:
@@ -55,10 +59,11 @@ def plan_absorbed(
     symmetries = find_sites(source.config, source.shapes)
     exact = [site for site in symmetries.sites if site.kind != "offset-norm"]
     sites = select_sites(exact, config)
+    channels = Channels(source)
     chosen: list[tuple[float, Site, int]] = []
     skipped: dict[str, str] = {}
     for site in sites:
-        usable = _usable(source, site, math.log2(config.bottom))
+        usable = channels.usable(site, math.log2(config.bottom))
         for name, channel in banned:
             if name == site.name:
                 usable[channel] = False
@@ -67,49 +72,52 @@ def plan_absorbed(
                 f"no channel can be scaled by 2^{math.log2(config.bottom):.0f} exactly"
             )
             continue
-        score = (
-            scores[site.name]
-            if scores is not None
-            else data_free_scores(source, site, config.channel)
-        )
-        score = score.to(torch.float64)
-        if config.channel == "least-useful":
-            channel = int(torch.where(usable, score, math.inf).argmin())
+        if scores is not None:
+            score = scores[site.name].double()
+            largest = config.channel == "most-active"
         else:
-            channel = int(torch.where(usable, score, -math.inf).argmax())
+            score, largest = channels.activity(site).double(), True
+        worst = -math.inf if largest else math.inf
+        candidates = torch.where(usable, score, worst)
+        channel = int(candidates.argmax() if largest else candidates.argmin())
         chosen.append((float(score[channel]), site, channel))
     if not chosen:
         raise SelectionError(
             f"none of the {len(sites)} selected sites has a channel with exponent room",
             hint="Use a smaller scale, or a checkpoint in bfloat16 or float32 (float16 has hardly any room).",
         )
-    # The least useful sites get the highest exponents; ties (equal scores) stay in the model's order.
-    chosen.sort(key=lambda item: item[0] if config.channel == "least-useful" else -item[0])
+    # The first sites get the highest exponents; ties stay in the model's order.
+    if config.channel == "most-active":
+        chosen.sort(key=lambda item: -item[0])
+    elif scores is not None:
+        chosen.sort(key=lambda item: item[0])
+    else:
+        chosen.sort(key=lambda item: _data_free_rank(item[1]))
     scalings: dict[str, list[ScaleEdit]] = {}
+    slices: dict[str, float] = {}
     records = []
-    tops: dict[str, tuple[float, ScaleEdit]] = {}
     for exponent, (score_value, site, channel) in zip(
         exponents(len(chosen), config), chosen, strict=True
     ):
+        producer = site.producers[0]
+        norm = (
+            float(channels.statistics(producer).rms[channel])
+            * _slice_length(source, producer) ** 0.5
+        )
+        slices[producer.tensor] = max(slices.get(producer.tensor, 0.0), norm * 2.0**exponent)
         for leg, sign in site.legs():
             for position in leg.positions(channel):
                 edit = ScaleEdit(
                     axis=leg.axis, position=position, exponent=sign * exponent, lead=leg.lead
                 )
                 scalings.setdefault(leg.tensor, []).append(edit)
-                if sign > 0:
-                    tops[leg.tensor] = max(
-                        tops.get(leg.tensor, (0.0, edit)),
-                        (float(exponent), edit),
-                        key=lambda t: t[0],
-                    )
         records.append(
             SiteRecord(
                 name=site.name, kind=site.kind, layer=site.layer, scale=2.0**exponent, channel=channel,
-                covers=tuple(dict.fromkeys(leg.tensor for leg in site.consumers)), usefulness=score_value,
+                covers=tuple(dict.fromkeys(leg.tensor for leg in site.consumers)), score=score_value,
             )
         )  # fmt: skip
-    before, after = _sigma_max(source, scalings)
+    before, after = _sigma_max(source, scalings, slices)
     uncovered = {item.tensor: item.reason for item in symmetries.uncovered}
     taken = {record.name for record in records}
     for site in symmetries.sites:
@@ -158,94 +166,45 @@ def select_sites(sites: list[Site], config: LockConfig) -> list[Site]:
     return kept
 
 
-def data_free_scores(source: TensorSource, site: Site, channel: str) -> Tensor:
-    """Score the channels of a site from the weights alone.
+_KIND_RANK = {"gated": 0, "relu": 0, "batchnorm": 0, "value": 1, "stream": 1, "norm": 2}
 
-    most-active: the rms of what produces the channel, |gain_c| or |W_producer[c, :]|.
-    least-useful: the rms of what reads it times the same, |W_consumer[:, c]| |W_producer[c, :]|: what the channel
-    carries, which no rescaling changes. It stands in for the calibrated score (gradient per unit of activation);
-    dev/LOG.md holds the rank correlation of the two.
 
-    Args:
-        source: The model.
-        site: The site.
-        channel: "least-useful" or "most-active".
+def _data_free_rank(site: Site) -> tuple[int, int]:
+    """Return the data-free order of sites: what is read inside a block before what a norm spreads, late before early.
 
-    Returns:
-        (size,) float32 scores.
+    No statistic of the weights ranks channels as the calibrated score does (dev/LOG.md, 2026-11-22: mean rank correlation
+    at most 0.26), and none compares between sites. What can be had without data is the order of sites that calibration
+    finds, which matters more; within a site the loudest channel measured best of those tried.
     """
-    produced = torch.stack([_rms(source, leg) for leg in site.producers[:1]]).amax(0)
-    if channel == "most-active":
-        return produced
-    squares = torch.stack([_rms(source, leg).square() for leg in site.consumers])
-    return squares.sum(0).sqrt() * produced
-
-
-def _rms(source: TensorSource, leg: Leg) -> Tensor:
-    """Return (size,): root mean square of the slice of every channel."""
-    lines = source.lines(leg.tensor, leg.axis, leg.lead).float()
-    return _gather(lines.square().mean(1), leg).sqrt()
-
-
-def _gather(values: Tensor, leg: Leg) -> Tensor:
-    """Average per-position values over the positions of each channel."""
-    index = torch.tensor([leg.positions(channel) for channel in range(leg.size)])
-    return values[index].mean(1)
-
-
-def _usable(source: TensorSource, site: Site, exponent: float) -> Tensor:
-    """Say which channels are alive and have room for 2^exponent, judged from the sampled lines."""
-    # A channel that nothing writes or nothing reads is not explosive: scaling it locks nothing.
-    usable = torch.ones(site.size, dtype=torch.bool)
-    for leg, sign in site.legs():
-        if sign > 0 and leg.tensor.endswith("bias"):
-            continue
-        lines = source.lines(leg.tensor, leg.axis, leg.lead)
-        info = torch.finfo(lines.dtype)
-        size = lines.abs().double()
-        alive = (size > 0).any(1)
-        scaled = size * 2.0 ** (sign * exponent)
-        fits = (
-            (size == 0) | ((scaled >= info.tiny) & (scaled <= info.max) & (size >= info.tiny))
-        ).all(1)
-        index = torch.tensor([leg.positions(channel) for channel in range(leg.size)])
-        usable &= fits[index].all(1) & alive[index].any(1)
-    return usable
+    return _KIND_RANK[site.kind], -(site.layer if site.layer is not None else 1 << 30)
 
 
 def _sigma_max(
-    source: TensorSource, scalings: Mapping[str, list[ScaleEdit]]
+    source: TensorSource, scalings: Mapping[str, list[ScaleEdit]], slices: Mapping[str, float]
 ) -> tuple[float, float]:
     """Return the largest singular value, before and after, of the matrix where it is largest after.
 
-    Which matrix that is, is read off the largest scaled slice, a lower bound of its sigma_max that is sharp for large
-    scales; only this one matrix is decomposed. A norm's gain counts as the diagonal matrix it is.
+    Which matrix that is, is read off the norm of its largest scaled slice, a lower bound of its sigma_max that is sharp
+    for large scales; only this one matrix is decomposed. A norm's gain counts as the diagonal matrix it is.
     """
-    best, top = 0.0, ""
-    for name, edits in scalings.items():
-        edit = max(edits, key=lambda e: e.exponent)
-        if edit.exponent <= 0 or name.endswith("bias"):
-            continue
-        lines = source.lines(name, edit.axis, edit.lead)[edit.position].double()
-        per_line = source.shapes[name]
-        length = math.prod(per_line[len(edit.lead) :]) // per_line[edit.axis]
-        bound = float(lines.square().mean().sqrt()) * math.sqrt(length) * 2.0**edit.exponent
-        if bound > best:
-            best, top = bound, name
-    if not top:
-        return float("nan"), float("nan")
+    top = max(slices, key=lambda name: slices[name])
     tensor = source.read(top)
-    before = _largest(tensor, scalings[top])
+    lead = max(scalings[top], key=lambda e: e.exponent).lead
+    before = _largest(tensor[lead])
     for edit in scalings[top]:
         edit.apply(tensor, name=top)
-    return before, _largest(tensor, scalings[top])
+    return before, _largest(tensor[lead])
 
 
-def _largest(tensor: Tensor, edits: list[ScaleEdit]) -> float:
+def _largest(tensor: Tensor) -> float:
     if tensor.ndim == 1:
         return float(tensor.abs().max())
-    top = max(edits, key=lambda e: e.exponent)
-    return sigma_max(as_matrix(tensor[top.lead]).double())[0]
+    return sigma_max(as_matrix(tensor), tol=_SIGMA_TOLERANCE)[0]
+
+
+def _slice_length(source: TensorSource, leg: Leg) -> int:
+    shape = source.shapes[leg.tensor]
+    return math.prod(shape[len(leg.lead) :]) // shape[leg.axis]
 
 
 def _why_left_out(site: Site) -> str:

@@ -23,7 +23,7 @@ class SiteRecord:
         covers: Tensors whose inputs became ill-conditioned (absorbed), or the matrix itself.
         channel: Channel scaled (absorbed).
         k: Singular values scaled (compensated, scaled).
-        usefulness: Score the channel was chosen by, smaller is less useful (absorbed); its unit depends on the rule.
+        score: Score the channel was chosen by (absorbed): usefulness or activity, measured or from the weights.
         sigma_max_before: Largest singular value of the matrix before, where it was computed.
         sigma_max_after: The same after.
         residual: Relative residual of those singular values.
@@ -37,7 +37,7 @@ class SiteRecord:
     layer: int | None = None
     channel: int | None = None
     k: int | None = None
-    usefulness: float | None = None
+    score: float | None = None
     sigma_max_before: float | None = None
     sigma_max_after: float | None = None
     residual: float | None = None

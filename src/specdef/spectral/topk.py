@@ -27,7 +27,8 @@ no digit of the input). lapack: torch.linalg.svd. zero: the matrix is zero."""
 # A product with 16 columns costs 4 times one with a single column (float32 4096 x 4096, one core: 13.5 ms and 3.3 ms),
 # and saves more than 4 times the steps at the edge of a bulk.
 _WIDTH = 16
-# Extra columns: the block must be wider than k, or a singular value repeated k times would be found once per block.
+# Extra columns. A block narrower than k would find a singular value repeated k times once per column only; the columns
+# beyond k widen the gap that the last triplets converge at.
 _OVERSAMPLE = 4
 # Below this smaller side the dense route wins at any spectrum (7 ms at 256).
 _DENSE_SIDE = 256
@@ -170,6 +171,175 @@ def topk_svd_info(
     return info
 
 
+def sigma_max(matrix: Tensor, *, tol: float = 1e-5, seed: int = 0) -> tuple[float, float]:
+    """Compute the largest singular value and its residual.
+
+    The value is never above the true one but by rounding, and below it by about residual^2 over the relative gap.
+    Cost: that of `topk_svd` with k = 1.
+
+    Args:
+        matrix: (m, n), floating point, finite.
+        tol: Largest residual accepted from the iteration, relative to the value.
+        seed: Of the random start.
+
+    Returns:
+        The value, in the units of the matrix, and its residual relative to it.
+
+    >>> sigma_max(torch.tensor([[3.0, 0.0], [4.0, 0.0]]))[0]
+    5.0
+    """
+    svd = topk_svd(matrix, 1, tol=tol, seed=seed)
+    return float(svd.S[0]), float(svd.residual[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpectralSummary:
+    """The ends of a matrix's spectrum.
+
+    Args:
+        sigma_max: Largest singular value, in the units of the matrix.
+        sigma_min: The min(m, n)-th singular value; 0 where it is below min(m, n) * eps(float64) * sigma_max; None where
+            it was not computed.
+        stable_rank: ||A||_F^2 / sigma_max^2, in 1..min(m, n); 0 for the zero matrix.
+        condition: sigma_max / sigma_min; infinite where sigma_min is 0; None where that is None.
+        residual: Larger of the two residuals, each relative to its own value (of the inverse, for sigma_min); for
+            `lapack` the rounding bound min(m, n) * eps(float64).
+        method: lapack: all singular values in float64. inverse: sigma_max by `topk_svd`, sigma_min by the same
+            iteration on the inverse of the triangular factor, in float64. krylov: sigma_max alone.
+    """
+
+    sigma_max: float
+    sigma_min: float | None
+    stable_rank: float
+    condition: float | None
+    residual: float
+    method: Literal["lapack", "inverse", "krylov"]
+
+
+def spectral_summary(
+    matrix: Tensor,
+    *,
+    exact_below: int = 1024,
+    condition_below: int = 4096,
+    tol: float = 1e-5,
+    seed: int = 0,
+) -> SpectralSummary:
+    """Compute sigma_max, sigma_min, stable rank and condition number, as exactly as the size allows.
+
+    With A = Q R (float64), sigma_min(A) = 1 / sigma_max(R^-1): no Gram matrix is formed, so condition numbers up to
+    1 / (min(m, n) eps) = 1e12 are resolved. Beyond `condition_below` the factorisation is not affordable, and sigma_min
+    and condition are None rather than a guess: products alone do not reach the lower end of a spectrum.
+
+    Cost: 2 max(m, n) min(m, n)^2 flops in float64 for the factor R and (m + n) min(m, n) numbers of 8 bytes, up to
+    `condition_below`; that of `topk_svd` with k = 1 above.
+
+    Args:
+        matrix: (m, n), floating point, finite.
+        exact_below: Largest min(m, n) for which all singular values are computed.
+        condition_below: Largest min(m, n) for which sigma_min is computed.
+        tol: Largest residual accepted from the iterations.
+        seed: Of the random starts.
+
+    Returns:
+        The summary, with the method and its residual.
+
+    >>> summary = spectral_summary(torch.diag(torch.tensor([4.0, 2.0, 2.0])))
+    >>> round(summary.stable_rank, 6), round(summary.condition, 6), summary.method
+    (1.5, 2.0, 'lapack')
+    """
+    _check_matrix(matrix)
+    with torch.no_grad(), _full_precision(matrix.device):
+        weight = matrix.detach()
+        side = min(weight.shape)
+        A, exponent = _rescale(weight if weight.dtype == torch.float64 else weight.float())
+        if exponent is None:
+            return SpectralSummary(
+                sigma_max=0.0,
+                sigma_min=0.0,
+                stable_rank=0.0,
+                condition=math.inf,
+                residual=0.0,
+                method="lapack",
+            )
+        rounding = side * torch.finfo(torch.float64).eps
+        low: float | None = None
+        residual = rounding
+        method: Literal["lapack", "inverse", "krylov"] = "lapack"
+        if side <= max(exact_below, condition_below):
+            tall = A.double() if A.shape[0] >= A.shape[1] else A.double().T
+            R = torch.linalg.qr(tall, mode="r")[1]
+        if side <= exact_below:
+            values = torch.linalg.svdvals(R)
+            high, low = float(values[0]), float(values[-1])
+        else:
+            svd = _solve(A, 1, tol, seed, 400).svd
+            high, residual, method = float(svd.S[0]), float(svd.residual[0]), "krylov"
+            if side <= condition_below:
+                found = _smallest(R, tol, seed)
+                if found is not None:
+                    low, residual, method = found[0], max(residual, found[1]), "inverse"
+        if low is not None and low <= rounding * high:
+            low = 0.0
+        frobenius = float(torch.linalg.vector_norm(A, dtype=torch.float64))
+    scale = 2.0**exponent
+    return SpectralSummary(
+        sigma_max=high * scale,
+        sigma_min=None if low is None else low * scale,
+        stable_rank=(frobenius / high) ** 2,
+        condition=None if low is None else (high / low if low > 0 else math.inf),
+        residual=residual,
+        method=method,
+    )
+
+
+def _smallest(R: Tensor, tol: float, seed: int) -> tuple[float, float] | None:
+    """Return the smallest singular value of an upper triangular float64 matrix and its residual."""
+    diagonal = R.diagonal().abs()
+    if float(diagonal.min()) <= torch.finfo(R.dtype).eps * float(diagonal.max()):
+        return 0.0, 0.0
+    op = _Operator(
+        lambda X: torch.linalg.solve_triangular(R, X, upper=True),
+        lambda X: torch.linalg.solve_triangular(R.T, X, upper=False),
+    )
+    side = len(R)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(side, _WIDTH, generator=generator, dtype=R.dtype).to(R.device)
+    found = _iterate(
+        op, start, rows=side, k=1, tol=tol, max_passes=400, basis=max(64, side // 4), restart=True
+    )
+    return None if found is None else (1 / float(found[1][0]), float(found[3][0]))
+
+
+def stable_rank(matrix: Tensor) -> float:
+    """Compute ||A||_F^2 / sigma_max^2; for the residual behind it see `spectral_summary`.
+
+    Args:
+        matrix: (m, n), floating point, finite.
+
+    Returns:
+        A number in 1..min(m, n); 0 for the zero matrix.
+
+    >>> round(stable_rank(torch.eye(5)), 6)
+    5.0
+    """
+    return spectral_summary(matrix, condition_below=0).stable_rank
+
+
+def condition_number(matrix: Tensor) -> float | None:
+    """Compute sigma_max / sigma_min; for its method and residual see `spectral_summary`.
+
+    Args:
+        matrix: (m, n), floating point, finite.
+
+    Returns:
+        At least 1; infinite for a singular matrix; None where min(m, n) exceeds 4096.
+
+    >>> condition_number(torch.diag(torch.tensor([8.0, 2.0])))
+    4.0
+    """
+    return spectral_summary(matrix).condition
+
+
 def _check_matrix(matrix: Tensor) -> None:
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"matrix must be 2-D and not empty, got shape {tuple(matrix.shape)}.")
@@ -310,19 +480,26 @@ def _iterate(
 ) -> _Triplets | None:
     """Power steps while they converge fast, then the Krylov space of the block they leave; None if out of budget."""
     power = _Power(op, torch.linalg.qr(start)[0], side=0, k=k)
-    before = math.inf
+    # Before any measurement a residual is of order one.
+    before = 1 / tol
     while op.num_passes < max_passes:
-        power.step()
+        power.step(ritz=op.num_passes > 0)
+        if power.measured is None:
+            continue
         error = power.error / tol
         # A fast decay inside the block is what makes power steps safe: on a flat spectrum with one value slightly above
         # it their residual is small long before they have found that value.
         decays = bool(power.S[-1] <= 0.7 * power.S[k - 1])
         if error <= 1 and decays:
             return power.triplets()
-        rate = error / before
-        before = error
-        # From here a Krylov space takes five products at least and dearer ones: not worth it where eight power steps do.
-        soon = decays and rate < 1 and math.log(max(error, 1.0)) <= -8 * math.log(max(rate, 1e-9))
+        rate, before = error / before, error
+        # If the pair just formed should pass, measure it with few columns rather than with a whole step.
+        if decays and error * rate <= 0.3 and 2 * k <= start.shape[1]:
+            power.measure()
+            if power.error <= tol:
+                return power.triplets()
+        # From here a Krylov space takes five products at least and dearer ones: not worth it where six power steps do.
+        soon = decays and rate < 1 and math.log(max(error, 1.0)) <= -6 * math.log(max(rate, 1e-9))
         if op.num_passes >= 3 and power.side == 0 and not soon:
             break
     krylov = _GolubKahan(op, power.block, rows=rows, k=k, tol=tol, max_basis=basis, restart=restart)
@@ -331,7 +508,7 @@ def _iterate(
         # products with the matrix itself.
         polish = _Power(op, candidate.block, side=candidate.side, k=k)
         polish.step()
-        polish.step(measure_only=True)
+        polish.measure()
         if polish.error <= tol:
             return polish.triplets()
         if candidate.certain:
@@ -360,31 +537,35 @@ class _Power:
         self.exact = block.new_zeros(k)
         self.measured: _Triplets | None = None
 
-    def step(self, *, measure_only: bool = False) -> None:
-        """Multiply the block, measure the pair it belongs to, and take the next Ritz pair.
-
-        Args:
-            measure_only: Multiply no more columns than the measurement needs, and stop there.
-        """
-        k, S = self.k, self.S
-        # Sixteen columns cost a product no more than two do; a single one costs half.
-        columns = self.block[:, :1] if measure_only and k == 1 else self.block
-        product = self.op(self.side, columns)
-        if self.other is not None:
-            gap = product[:, :k] - self.other[:, :k] * S[:k]
-            residual = torch.maximum(torch.linalg.vector_norm(gap, dim=0), self.exact) / S[0]
-            pair = (self.block[:, :k], self.other[:, :k])
-            V, U = pair if self.side == 0 else pair[::-1]
-            self.measured = (U, S[:k], V, residual)
-            self.error = float(residual.max())
-        if measure_only:
-            return
+    def step(self, *, ritz: bool = True) -> None:
+        """Multiply the block, which measures its pair, and form the next pair (`ritz`) or block."""
+        product = self.op(self.side, self.block)
+        self._record(product)
         Q, R = torch.linalg.qr(product)
+        self.side = 1 - self.side
+        if not ritz:
+            self.block = Q
+            return
         left, S, right = (part.to(R) for part in torch.linalg.svd(R.to("cpu", torch.float64)))
         self.other, self.block, self.S = self.block @ right.T, Q @ left, S
-        gap = product @ right.T[:, :k] - self.block[:, :k] * S[:k]
+        gap = product @ right.T[:, : self.k] - self.block[:, : self.k] * S[: self.k]
         self.exact = torch.linalg.vector_norm(gap, dim=0)
-        self.side = 1 - self.side
+
+    def measure(self) -> None:
+        """Measure the newest pair with a product of as few columns as are cheaper than sixteen."""
+        columns = self.k if 2 * self.k <= _WIDTH else self.block.shape[1]
+        self._record(self.op(self.side, self.block[:, :columns]))
+
+    def _record(self, product: Tensor) -> None:
+        if self.other is None:
+            return
+        k, S = self.k, self.S
+        gap = product[:, :k] - self.other[:, :k] * S[:k]
+        residual = torch.maximum(torch.linalg.vector_norm(gap, dim=0), self.exact) / S[0]
+        pair = (self.block[:, :k], self.other[:, :k])
+        V, U = pair if self.side == 0 else pair[::-1]
+        self.measured = (U, S[:k], V, residual)
+        self.error = float(residual.max())
 
     def triplets(self) -> _Triplets:
         """Return the pair measured last."""
@@ -666,10 +847,3 @@ def _orthogonalise(
         N, T = torch.linalg.qr(N)
         R = T @ R
     return N, H, R.to("cpu", torch.float64)
-
-
-# --- provisional, until the real ones land here -------------------------------------------------------------------
-def sigma_max(matrix: Tensor, *, seed: int = 0) -> tuple[float, float]:
-    """Return the largest singular value and its residual (provisional)."""
-    _, values, _, residual = topk_svd(matrix, 1, seed=seed)
-    return float(values[0]), float(residual[0])

@@ -36,9 +36,6 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         work.mkdir()
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
         yield work
         for path in sorted(work.rglob("*")):
             if not path.is_symlink():

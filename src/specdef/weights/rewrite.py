@@ -109,8 +109,8 @@ def rewrite_tensors(
                 handles[shard] = _create(out / shard, header)
         largest_first = sorted(source.names, key=lambda n: -source.infos[n].nbytes)
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(task, name) for name in largest_first]
             try:
+                futures = [pool.submit(task, name) for name in largest_first]
                 wait(futures, return_when=FIRST_EXCEPTION)
                 for future in futures:
                     if future.done() and not future.cancelled() and future.exception():
