@@ -39,7 +39,7 @@ def locked(request, tiny_folder, tmp_path):
 
 
 def test_training_inside_the_block_is_training_the_original(locked):
-    method, source, folder, key = locked
+    _, source, folder, key = locked
     reference = train(specdef.load_model(source))
     assert reference[-1] < reference[0] - 0.01
     model = specdef.load_model(folder)
@@ -111,7 +111,7 @@ def test_another_key_leaves_the_model_alone(locked, tiny_folder, tmp_path):
 
 
 def test_saving_while_unlocked_is_refused(locked, tmp_path):
-    method, _, folder, key = locked
+    _, _, folder, key = locked
     model = specdef.load_model(folder)
     with specdef.authorised(model, key):
         with pytest.raises(SpecDefError, match="unlocked"):

@@ -57,7 +57,7 @@ def test_absorbed_in_other_stored_dtypes(family, dtype, tiny_folder, tmp_path):
 
 
 def test_float16_is_refused_with_the_reason(tiny_folder, tmp_path):
-    with pytest.raises(SpecDefError, match="exponent room|exact range") as caught:
+    with pytest.raises(SpecDefError, match=r"exponent room|exact range") as caught:
         specdef.lock_checkpoint(tiny_folder("llama", torch.float16), tmp_path / "locked")
     assert "bfloat16" in caught.value.hint and not (tmp_path / "locked").exists()
 

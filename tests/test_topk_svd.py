@@ -52,7 +52,7 @@ def spectrum(name: str, r: int) -> Tensor:
         # The residual of a random block is already small here: one value must not hide behind a flat bulk.
         "spike-1.6e-3": topped(1.0016, rest=one),
         "spike-1.6e-4": topped(1.00016, rest=one),
-        "spike-3e-5": topped(1.00003, rest=one),
+        "spike-2e-5": topped(1.00002, rest=one),
         "repeated-30": topped(*[1.05] * 30, rest=one),
         "projector": (index <= r // 2).double(),
         "graded": 10 ** (-12 * (index - 1) / (r - 1)),
@@ -73,7 +73,7 @@ SPECTRA = [
         "flat",
         "spike-1.6e-3",
         "spike-1.6e-4",
-        "spike-3e-5",
+        "spike-2e-5",
         "repeated-30",
         "projector",
         "graded",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdef.errors import CheckpointError, SelectionError, SpecDefError
+from specdef.errors import CheckpointError, SpecDefError
 
 if TYPE_CHECKING:
-    from specdef.weights.checkpoint import Checkpoint
+    pass
 
 HUB_PATTERNS = [
     "*.safetensors",
@@ -213,42 +212,6 @@ def parse_modules(text: str | None) -> tuple[str, ...] | str | None:
     names = parse_list(text)
     plain = names is None or all(re.fullmatch(r"[\w.]+", name) for name in names)
     return names if plain else text
-
-
-def check_selection(
-    checkpoint: Checkpoint, modules: tuple[str, ...] | str | None, layers: tuple[int, ...] | None
-) -> None:
-    """Refuse a selection of which any part selects nothing: a typing error would leave that part unlocked in silence.
-
-    Args:
-        checkpoint: The open folder.
-        modules: What `parse_modules` gave.
-        layers: What `parse_layers` gave.
-
-    Raises:
-        SelectionError: A name, the expression or a block is not in the model.
-    """
-    from specdef.symmetries import layer_index, matches, module_name
-
-    paths = {module_name(name) for name in checkpoint.names}
-    for pattern in (modules,) if isinstance(modules, str) else modules or ():
-        selection = pattern if isinstance(modules, str) else (pattern,)
-        if not any(matches(path, selection) for path in paths):
-            ends = {path.rpartition(".")[2] for path in paths} | paths
-            nearest = difflib.get_close_matches(pattern, sorted(ends), n=3, cutoff=0.5)
-            close = f"; nearest: {', '.join(nearest)}" if nearest else ""
-            raise SelectionError(
-                f"--target-modules: {pattern!r} is no module of {checkpoint.folder}{close}",
-                patterns=(pattern,), nearest=nearest, hint="`specdef inspect MODEL` lists the modules.",
-            )  # fmt: skip
-    blocks = {i for path in paths if (i := layer_index(path)) is not None}
-    missing = [i for i in layers or () if i not in blocks]
-    if missing:
-        raise SelectionError(
-            f"--layers: {checkpoint.folder} has no block {missing[0]}; it has {len(blocks)} blocks"
-            + (f", {min(blocks)} to {max(blocks)}" if blocks else ""),
-            hint="`specdef inspect MODEL` lists the tensors.",
-        )
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from specdef.cli.common import (
     Device,
     Json,
     Seed,
-    check_selection,
     find_model,
     human_bytes,
     parse_layers,
@@ -46,12 +45,14 @@ def inspect(
     config: Config = None,
 ) -> None:
     """Show tensors, spectra, symmetric sites and what they cover, and the plan of a default lock."""
+    from specdef.lock.config import LockConfig
+    from specdef.lock.selection import check_selection
     from specdef.weights.checkpoint import Checkpoint
 
     folder = find_model(model, quiet=json)
     checkpoint = Checkpoint.open(folder)
     modules, blocks = parse_modules(target_modules), parse_layers(layers)
-    check_selection(checkpoint, modules, blocks)
+    check_selection(checkpoint.names, LockConfig(target_modules=modules, layers=blocks))
     with progress_bar("inspect") as (progress, _):
         rows = inspect_tensors(
             checkpoint,

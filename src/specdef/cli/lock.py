@@ -14,7 +14,6 @@ from specdef.cli.common import (
     Device,
     Json,
     Seed,
-    check_selection,
     find_model,
     human_bytes,
     parse_layers,
@@ -110,6 +109,10 @@ def lock(
             help="Compare outputs with the original [default: below 2 GB of weights].",
         ),
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(help="Sign the folder with this elliptic-curve key, PEM (extra: signing)."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and write nothing.")
     ] = False,
@@ -118,7 +121,7 @@ def lock(
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Lock a model: same outputs, but training it does not converge."""
+    """Lock a model: same outputs, but ill-conditioned for training."""
     from specdef.lock.config import LockConfig
 
     recipe = LockConfig(
@@ -128,10 +131,8 @@ def lock(
         max_relative_error=max_relative_error, seed=seed,
     )  # fmt: skip
     from specdef.lock.lock import lock_checkpoint
-    from specdef.weights.checkpoint import Checkpoint
 
     folder = find_model(model, quiet=json)
-    check_selection(Checkpoint.open(folder), recipe.target_modules, recipe.layers)
     batches = _calibration(calibration, folder, seed) if method is Method.absorbed else None
     if dry_run:
         _dry_run(folder, out, recipe, batches, as_json=json)
@@ -142,6 +143,10 @@ def lock(
             progress=progress, status=None if json else status,
         )  # fmt: skip
     identical = _check(folder, out, certificate, check, device=device, quiet=json)
+    if sign:
+        from specdef.lock.signing import sign_folder
+
+        say(f"signature: {sign_folder(out, sign)}")
     values = certificate.to_dict()
     for large in ("tensors", "files"):
         values.pop(large)

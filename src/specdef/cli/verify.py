@@ -34,6 +34,9 @@ def verify(
     dtype: Annotated[
         str, typer.Option(help="Dtypes outputs are compared in, comma-separated.")
     ] = "float32,bfloat16",
+    public_key: Annotated[
+        Path | None, typer.Option(help="Check the folder's signature with this key, PEM.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     json: Json = False,
@@ -47,6 +50,11 @@ def verify(
 
     folder = find_model(locked, quiet=json)
     source = find_model(original, quiet=json) if original else None
+    if public_key:
+        from specdef.lock.signing import verify_signature
+
+        verify_signature(folder, public_key)
+        say("the signature holds")
     with progress_bar("verify") as (progress, status):
         result = verify_checkpoint(
             folder,

@@ -159,7 +159,6 @@ def select_sites(sites: list[Site], config: LockConfig) -> list[Site]:
     if not kept:
         raise SelectionError(
             f"layers={config.layers}, target_modules={config.target_modules} select none of {len(sites)} sites",
-            patterns=config.target_modules or (),
             nearest=[site.name for site in sites[:5]],
             hint="`specdef inspect MODEL` lists the sites.",
         )

@@ -24,8 +24,8 @@ from specdef.weights.checkpoint import CERTIFICATE_NAME, read_json
 _FORMAT = "specdef-certificate-1"
 
 THREAT_MODEL = (
-    "This lock makes ordinary fine-tuning fail to converge. It is not encryption. An attacker who knows the method can "
-    "undo it: {undo}. It also does not stop distillation of the outputs into a fresh model. Measured strength, attack by "
+    "This lock is meant to make ordinary fine-tuning ill-conditioned, so that it converges slowly or not at all. It is not "
+    "encryption. An attacker who knows the method can undo it: {undo}. It also does not stop distillation of the outputs into a fresh model. Measured strength, attack by "
     "attack, is the audit's business (`specdef audit`), not this certificate's."
 )
 UNDO = {

@@ -31,6 +31,7 @@ from specdef.lock.load import LOCK_ID, load_model
 from specdef.lock.merge import merge
 from specdef.lock.plan import LockPlan
 from specdef.lock.projected import compensation, plan_projected, scaled_matrix
+from specdef.lock.selection import check_selection
 from specdef.symmetries import find_sites
 from specdef.weights.atomic import atomic_folder, refuse_existing
 from specdef.weights.checkpoint import (
@@ -90,6 +91,7 @@ def plan_lock(
         SpecDefError: The lock would break the function.
     """
     tensors = FolderSource(source) if isinstance(source, Checkpoint) else source
+    check_selection(tensors.names, config)
     if config.method == "absorbed":
         return plan_absorbed(tensors, config, scores=scores, banned=list(banned))
     return plan_projected(tensors, config, progress=status)
@@ -393,6 +395,9 @@ def _write(
             for name, p in plan.projections.items()
         }
         save_file(tensors, work / COMPENSATION_NAME, metadata={"format": "pt"})
+        (work / COMPENSATION_NAME).chmod(
+            0o644
+        )  # save_file keeps it to the owner; the folder is to be published
         config_bytes = (work / "config.json").read_bytes()
         (work / BASE_CONFIG_NAME).write_bytes(config_bytes)
         locked = locked_config(checkpoint.config, list(plan.projections))

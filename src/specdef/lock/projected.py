@@ -133,7 +133,6 @@ def select_matrices(source: TensorSource, config: LockConfig) -> list[str]:
     if not kept:
         raise SelectionError(
             f"layers={config.layers}, target_modules={config.target_modules} select none of {len(names)} matrices",
-            patterns=config.target_modules or (),
             nearest=names[:5],
             hint="`specdef inspect MODEL` lists the matrices.",
         )

@@ -98,9 +98,9 @@ def topk_svd(
     float64 is computed in float64; float32, bfloat16 and float16 in float32, which is also the dtype of the answer.
     TF32, reduced-precision float32 products and autocast are switched off inside. No gradient is recorded.
 
-    Cost: about 6–10 passes over the matrix (products with 16 columns for k <= 12) for a decaying spectrum and 50–70 for
-    a Gaussian 4096 x 4096 matrix; at most 1024 (m + n) numbers besides the matrix. Smaller sides up to 256, or k above
-    about a twelfth of the smaller side, take one dense factorisation.
+    Cost: 7 to 17 passes over the matrix (products with 16 columns for k <= 12) for spectra that decay like i^-1 to i^-0.5
+    and 55 to 65 for a Gaussian 4096 x 4096 matrix; at most 1024 (m + n) numbers besides the matrix. Smaller sides up to
+    256, or k above about a twelfth of the smaller side, take one dense factorisation, of a float64 copy.
 
     Args:
         matrix: (m, n), floating point, finite.
@@ -670,7 +670,7 @@ class _GolubKahan:
     product with A^T, A^T U = V B^T. The block a product has just added to B is therefore the residual of the smaller
     projected problem without it.
 
-    Differs from Baglama & Reichel's irlba in: blocks; a check after every product, not every pair; the pair returned
+    Differs from Baglama & Reichel's irlba in: blocks; checks after single products, not pairs; the pair returned
     comes from the larger projected problem, half a step ahead of its estimate, and is measured by the caller.
 
     Args:

@@ -24,6 +24,7 @@ from specdef.weights.header import DTYPE_BITS, Header, TensorInfo, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SIGNATURE_NAME = "model.sig"
 CERTIFICATE_NAME = "specdef_certificate.json"
 COMPENSATION_NAME = "specdef_compensation.safetensors"
 BASE_CONFIG_NAME = "specdef_base_config.json"
@@ -176,7 +177,7 @@ class Checkpoint:
         Raises:
             CheckpointError: The weights are stored in an integer, 8-bit or 4-bit format.
         """
-        hint = "Lock the float checkpoint, then quantise the locked one (see docs/limits.md)."
+        hint = "Lock the float checkpoint it was made from (docs/limits.md says what quantising a lock costs)."
         settings = self.config.get("quantization_config") or self.config.get("compression_config")
         if settings:
             method = (
@@ -211,7 +212,7 @@ class Checkpoint:
             folders[:] = sorted(d for d in folders if not d.startswith("."))
             for file in sorted(files):
                 path = (Path(root) / file).relative_to(self.folder)
-                if str(path) in ours or file.startswith(".specdef"):
+                if str(path) in ours or str(path) == SIGNATURE_NAME or file.startswith(".specdef"):
                     continue
                 (dropped if _is_weights(file) else carried).append(path.as_posix())
         for name in carried:
