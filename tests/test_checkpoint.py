@@ -333,7 +333,7 @@ def test_quantised_weights_are_refused(kind: str, tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="is quantised") as caught:
         checkpoint.require_float()
-    assert "quantise the locked one" in caught.value.hint
+    assert "float checkpoint" in caught.value.hint
 
 
 def test_what_only_looks_quantised_is_not(tmp_path: Path) -> None:

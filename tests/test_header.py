@@ -158,7 +158,7 @@ def test_every_truncation_is_refused(scratch: Path) -> None:
 def test_every_single_byte_of_the_header_may_be_wrong(scratch: Path) -> None:
     raw, _ = split(VALID)
     for position in range(len(raw)):
-        for value in (0, 1, 0x20, 0x22, 0x30, 0x39, 0x5B, 0x7F, 0xFF):
+        for value in (0, 0x22, 0x39, 0xFF):
             data = bytearray(VALID)
             data[position] = value
             check(scratch, bytes(data))

@@ -327,6 +327,14 @@ def test_shards_in_a_sub_folder_are_rewritten_there(tmp_path: Path, out: Path) -
     assert copy_other_files(source, out) == ([], [])
 
 
+def test_a_checkpoint_of_empty_tensors_alone(tmp_path: Path, out: Path) -> None:
+    tensors = {"a": torch.empty(0, 3), "b": torch.empty(2, 0).half(), "i": torch.empty(0).int()}
+    source = Checkpoint.open(write_folder(tmp_path / "source", {"model.safetensors": tensors}))
+    hashes = rewrite_tensors(source, out, {"a": (ScaleEdit(axis=1, position=2, exponent=3),)})
+    assert snapshot(out) == snapshot(source.folder)
+    assert {h.after for h in hashes.values()} == {hashlib.sha256(b"").hexdigest()}
+
+
 def test_progress_counts_every_byte_once(
     source: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

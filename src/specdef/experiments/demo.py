@@ -29,7 +29,7 @@ DEFAULT_RATE = 5e-5
 """What transformers' Trainer takes unless told otherwise."""
 
 CONTROL_RATES = (DEFAULT_RATE, 1e-4, 3e-4)
-LOCKED_RATES = (DEFAULT_RATE, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-11)
+LOCKED_RATES = (DEFAULT_RATE, 1e-8, 1e-9, 1e-10, 1e-11)
 """From where the lock diverges to where nothing moves any more."""
 
 PROMPT = "What is the capital of France?"
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--model", type=Path, help="another causal language model's folder [SmolLM2-135M-Instruct]"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--length", type=int, default=32)
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     model = options.model or smollm2(progress=_say)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if result["held"] else 1
 
 
-def run(model: Path, out: Path, *, steps: int = 10, length: int = 64) -> dict[str, Any]:
+def run(model: Path, out: Path, *, steps: int = 8, length: int = 32) -> dict[str, Any]:
     """Inspect, lock, verify, generate, attack, unlock.
 
     Args:

@@ -54,7 +54,9 @@ def finetune(
     Returns:
         The loss curve. A run that diverges stops early: that is a result, not an error.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
+    )
     losses = [held_out_loss(model, held_out)]
     steps = [0]
     diverged = False
@@ -63,7 +65,8 @@ def finetune(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step % measure_every == 0 or step == len(train):
+        lost = not float(loss.detach()) <= 2 * losses[0]
+        if lost or step % measure_every == 0 or step == len(train):
             losses.append(held_out_loss(model, held_out))
             steps.append(step)
             if not losses[-1] <= 2 * losses[0]:

@@ -223,7 +223,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_text(value: Any) -> bool:
     """Say whether a value is a string that can be encoded: JSON can escape half of a surrogate pair."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    return isinstance(value, str) and (
+        value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value)
+    )
 
 
 def _bad(path: str | Path, message: str, tensor: str = "") -> CheckpointError:

@@ -211,6 +211,8 @@ _reused = threading.local()
 
 def _buffer(nbytes: int) -> memoryview:
     """Return this thread's buffer: fresh memory for every block would be zeroed by the kernel first."""
+    if not nbytes:
+        return memoryview(b"")
     if len(getattr(_reused, "memory", b"")) < nbytes:
         _reused.memory = bytearray(max(nbytes, BLOCK_BYTES))
     return memoryview(_reused.memory)[:nbytes]
