@@ -37,7 +37,9 @@ print(json.dumps({"seconds": time.perf_counter() - began, "mib": peak() - base, 
 """
 
 
-def make_checkpoint(folder: Path, *, layers: int, hidden: int, inner: int, vocab: int, per_shard: int = 6) -> int:
+def make_checkpoint(
+    folder: Path, *, layers: int, hidden: int, inner: int, vocab: int, per_shard: int = 6
+) -> int:
     """Write a llama-shaped checkpoint of random bfloat16 weights and return its size in bytes."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +65,10 @@ def make_checkpoint(folder: Path, *, layers: int, hidden: int, inner: int, vocab
         if shard == 0:
             tensors["model.embed_tokens.weight"] = draw(vocab, hidden)
         if shard == num_shards - 1:
-            tensors |= {"model.norm.weight": 1 + draw(hidden), "lm_head.weight": draw(vocab, hidden)}
+            tensors |= {
+                "model.norm.weight": 1 + draw(hidden),
+                "lm_head.weight": draw(vocab, hidden),
+            }
         name = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
@@ -98,16 +103,23 @@ def lock(source: Path, target: Path, threads: int) -> dict[str, float]:
     shutil.rmtree(target, ignore_errors=True)
     target.with_name(target.name + ".key.safetensors").unlink(missing_ok=True)
     done = subprocess.run(
-        [sys.executable, "-c", LOCK, str(source), str(target), str(threads)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", LOCK, str(source), str(target), str(threads)],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return dict(json.loads(done.stdout))
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lock_throughput.json"))
-    parser.add_argument("--work", type=Path, default=None, help="folder for the checkpoints, 7 GB free")
+    parser.add_argument(
+        "--work", type=Path, default=None, help="folder for the checkpoints, 7 GB free"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=22)
     options = parser.parse_args()

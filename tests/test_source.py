@@ -14,7 +14,7 @@ from helpers import write_folder
 from specdef.errors import CheckpointError
 from specdef.weights import source as source_module
 from specdef.weights.checkpoint import Checkpoint, TensorFile
-from specdef.weights.source import SAMPLE_LINES, FolderSource, MemorySource
+from specdef.weights.source import SAMPLE_LINES, SAMPLE_READS, FolderSource, MemorySource
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,7 +60,7 @@ def test_samples_of_large_tensors_are_entries_of_the_right_slice(
     lines = FolderSource(Checkpoint.open(scratch)).lines("w", axis, lead)
     whole = tensor[lead].movedim(axis - len(lead), 0).flatten(1)
     assert lines.shape[0] == shape[axis]
-    assert min(SAMPLE_LINES, whole.shape[1]) <= lines.shape[1] < whole.shape[1]
+    assert min(SAMPLE_READS, whole.shape[1]) <= lines.shape[1] < whole.shape[1]
     for sample, line in zip(lines.tolist(), whole.tolist(), strict=True):
         assert len(set(sample)) == len(sample)
         assert set(sample) <= set(line)
@@ -77,8 +77,8 @@ def test_the_mean_square_of_a_sample_is_that_of_the_slice(scratch: Path) -> None
     assert rows.sub(1).abs().max() < 0.45
     assert rows.mean() == pytest.approx(1, abs=0.02)
     columns = source.lines("w", 1, ())
-    assert columns.shape == (1400, SAMPLE_LINES)
-    picked = tensor[[(2 * i + 1) * 1500 // 128 for i in range(64)]]
+    assert columns.shape == (1400, SAMPLE_READS)
+    picked = tensor[[(2 * i + 1) * 1500 // (2 * SAMPLE_READS) for i in range(SAMPLE_READS)]]
     assert torch.equal(columns, picked.T)
 
 
@@ -96,7 +96,7 @@ def test_a_column_is_sampled_without_reading_the_whole_tensor(
 
     monkeypatch.setattr(TensorFile, "read_into", counted)
     FolderSource(Checkpoint.open(scratch)).lines("w", 1, ())
-    assert read == SAMPLE_LINES * 1400 * 4
+    assert read == SAMPLE_READS * 1400 * 4
 
 
 def test_memory_and_folder_agree_on_everything_else(scratch: Path) -> None:

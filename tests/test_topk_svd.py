@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdef.errors import NotConverged
-from specdef.spectral import topk
-from specdef.spectral.topk import (
-    TopKSVD,
+from specdef.spectral import dense, topk
+from specdef.spectral.summary import (
     condition_number,
     sigma_max,
     spectral_summary,
     stable_rank,
-    topk_svd,
-    topk_svd_info,
 )
+from specdef.spectral.topk import TopKSVD, topk_svd, topk_svd_info
 
 # value: |S - exact| / S[0]. basis: |U^T U - I|. measured: a residual recomputed in float64 against the one reported.
 TOLERANCE = {
@@ -268,21 +266,21 @@ def test_failing_solver_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.linalg, "eigh", fail)
     info = topk_svd_info(matrix, 2)
     assert info.method == "lapack" and info.converged
-    monkeypatch.setattr(topk, "_lapack", fail)
+    monkeypatch.setattr(dense, "_lapack", fail)
     with pytest.raises(NotConverged):
         topk_svd(matrix, 2)
 
 
 def test_wrong_dense_answer_is_not_reported_as_right(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(20, 30, generator=torch.Generator().manual_seed(13))
-    honest = topk._lapack
+    honest = dense._lapack
 
     def perturbed(A: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         U, S, V = honest(A, k)
         return U, S * 1.01, V
 
-    monkeypatch.setattr(topk, "_lapack", perturbed)
-    monkeypatch.setattr(topk, "_gram", perturbed)
+    monkeypatch.setattr(dense, "_lapack", perturbed)
+    monkeypatch.setattr(dense, "_gram", perturbed)
     info = topk_svd_info(matrix, 2)
     assert not info.converged and float(info.svd.residual.max()) > 5e-3
     with pytest.raises(NotConverged) as caught:

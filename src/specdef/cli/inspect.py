@@ -102,7 +102,7 @@ def inspect_tensors(
         residual and method where they exist, or the problem that a matrix or vector holds NaN or Inf. Stacked experts and
         quantised tensors are described without.
     """
-    from specdef.spectral.topk import spectral_summary
+    from specdef.spectral.summary import spectral_summary
     from specdef.spectral.views import as_matrix
     from specdef.symmetries import is_transposed, layer_index, matches, role
 

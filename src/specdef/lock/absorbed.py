@@ -19,7 +19,7 @@ from specdef.lock.channels import Channels
 from specdef.lock.config import LockConfig
 from specdef.lock.plan import LockPlan, SiteRecord
 from specdef.lock.schedule import exponents
-from specdef.spectral.topk import sigma_max
+from specdef.spectral.summary import sigma_max
 from specdef.spectral.views import as_matrix
 from specdef.symmetries import find_sites, matches
 from specdef.symmetries.site import Leg, Site

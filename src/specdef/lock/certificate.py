@@ -151,9 +151,14 @@ def load_certificate(folder: str | Path) -> LockCertificate:
         )  # fmt: skip
     names = {item.name for item in fields(LockCertificate)}
     try:
-        return LockCertificate(**{name: value for name, value in values.items() if name in names})
+        certificate = LockCertificate(
+            **{name: value for name, value in values.items() if name in names}
+        )
     except TypeError as error:
         raise CheckpointError(f"is not a certificate ({error})", path=path) from error
+    if odd := _malformed(certificate):
+        raise CheckpointError(f"is not a certificate (its {odd} are of a wrong kind)", path=path)
+    return certificate
 
 
 def count_kinds(sites: list[dict[str, Any]]) -> dict[str, int]:
@@ -192,6 +197,27 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return out
+
+
+def _malformed(certificate: LockCertificate) -> str:
+    """Name a field whose value has another type than it should: a forger can make any checksum fit."""
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "str": str,
+        "float": (float, int),
+        "int": int,
+        "bool": bool,
+    }
+    for item in fields(certificate):
+        kind = str(item.type)
+        expected = kinds.get(
+            kind, (dict, list) if "|" in kind else dict if kind.startswith("dict") else list
+        )
+        if not isinstance(getattr(certificate, item.name), expected):
+            return item.name
+    rows = certificate.tensors.values()
+    if not all(isinstance(row, dict) and {"sha256", "sha256_original"} <= set(row) for row in rows):
+        return "tensors"
+    return ""
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -78,6 +78,8 @@ class Channels:
             if sign > 0 and leg.tensor.endswith("bias"):
                 continue  # may be zero; whether it fits is checked when it is scaled
             found = self.statistics(leg)
+            if not found.dtype.is_floating_point:
+                return torch.zeros(site.size, dtype=torch.bool)
             info = torch.finfo(found.dtype)
             low, high = found.smallest.double(), found.largest.double()
             factor = 2.0 ** (sign * exponent)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -162,7 +163,7 @@ def load_key(path: str | Path) -> Key:
             },
             hashes=hashes,
         )
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"is a damaged key ({error})", path=path) from error
     if key.lock_id != meta.get("lock_id"):
         raise CheckpointError(
@@ -218,7 +219,10 @@ def decode_residual(residual: Tensor, rebuilt: Tensor) -> Tensor:
     Raises:
         ValueError: The residual does not fit the tensor.
     """
-    planes = np.frombuffer(zlib.decompress(bytes(as_bytes(residual))), dtype=np.uint8)
+    try:
+        planes = np.frombuffer(zlib.decompress(bytes(as_bytes(residual))), dtype=np.uint8)
+    except zlib.error as error:
+        raise ValueError(f"residual cannot be decompressed: {error}") from error
     if planes.size != 8 * rebuilt.numel():
         raise ValueError("residual does not fit the tensor")
     zigzag = np.ascontiguousarray(planes.reshape(8, -1).T).view(np.uint64).reshape(-1)

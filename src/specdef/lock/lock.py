@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,15 +136,19 @@ def lock_checkpoint(
     """
     began = time.perf_counter()
     config = config or LockConfig()
-    out = Path(out)
-    key_path = Path(key_path) if key_path else out.with_name(out.name + ".key.safetensors")
+    out = Path(out) if Path(out).name else Path(out).absolute()
     refuse_existing(out)
+    key_path = Path(key_path) if key_path else out.with_name(out.name + ".key.safetensors")
     if key_path.resolve().is_relative_to(out.resolve()):
         raise CheckpointError(
             "lies inside the locked folder", path=key_path, hint="Keep the key elsewhere."
         )
     checkpoint = Checkpoint.open(source)
     checkpoint.require_float()
+    if not checkpoint.config:
+        raise CheckpointError(
+            "has no config.json", path=source, hint="Fetch it from where the weights came from."
+        )
     if (checkpoint.folder / CERTIFICATE_NAME).exists():
         raise CheckpointError(
             "is locked already", path=source, hint="Unlock it first, or lock the original."
@@ -153,6 +159,7 @@ def lock_checkpoint(
             status("calibrating")
         scores = calibrate_checkpoint(checkpoint, calibration, config)
     banned: set[tuple[str, int]] = set()
+    had_key = key_path.exists()
     while True:
         plan = plan_lock(checkpoint, config, scores=scores, banned=banned, status=status)
         try:
@@ -167,6 +174,11 @@ def lock_checkpoint(
             banned |= _offending(plan, checkpoint, error)
             if len(banned) > _RETRIES:
                 raise
+        except BaseException:
+            if not had_key and not (out / CERTIFICATE_NAME).exists():
+                with suppress(OSError):  # a key without its lock would block the next one
+                    key_path.unlink()
+            raise
     return replace(certificate, key=str(key_path), certificate=str(out / CERTIFICATE_NAME))
 
 
@@ -342,11 +354,27 @@ def model_config(model: nn.Module) -> dict[str, Any]:
 
 def other_files_sha256(folder: Path) -> dict[str, str]:
     """Hash the files a certificate vouches for: all but weights, certificate and model card."""
-    carried, _ = Checkpoint.open(folder).other_files()
+    checkpoint = Checkpoint.open(folder)
+    carried, _ = checkpoint.other_files()
     names = [name for name in carried if name != "README.md"]
     if (folder / COMPENSATION_NAME).exists():
         names.append(COMPENSATION_NAME)
-    return {name: file_sha256(folder / name) for name in names}
+    # A tensor's hash covers its bytes; what dtype and shape they have, the header says.
+    headers = {
+        f"{shard} (header)": hashlib.sha256(header.raw).hexdigest()
+        for shard, header in checkpoint.headers.items()
+    }
+    return {name: file_sha256(folder / name) for name in names} | headers
+
+
+def changed_files(folder: Path, certificate: LockCertificate) -> list[str]:
+    """Say which of the files a certificate vouches for are not what they were."""
+    found = other_files_sha256(folder)
+    return [
+        f"file {name} {'is missing' if name not in found else 'was changed'} since the model was locked"
+        for name, digest in certificate.files.items()
+        if found.get(name) != digest
+    ]
 
 
 def _write(

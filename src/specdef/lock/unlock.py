@@ -13,6 +13,7 @@ from specdef.errors import CertificateMismatch, CheckpointError
 from specdef.lock.card import remove_card
 from specdef.lock.certificate import LockCertificate, load_certificate
 from specdef.lock.key import Key, decode_residual, load_key, require_match
+from specdef.lock.lock import changed_files
 from specdef.lock.merge import merge
 from specdef.weights.atomic import atomic_folder, refuse_existing
 from specdef.weights.checkpoint import (
@@ -22,7 +23,7 @@ from specdef.weights.checkpoint import (
     Checkpoint,
     tensor_sha256,
 )
-from specdef.weights.edit import Edit, ReplaceEdit
+from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit, inverses
 from specdef.weights.rewrite import Progress, TensorHashes, copy_other_files, rewrite_tensors
 
 
@@ -80,6 +81,8 @@ def unlock_checkpoint(
     certificate = load_certificate(checkpoint.folder)
     key = key if isinstance(key, Key) else load_key(key)
     require_match(key, certificate.to_dict())
+    if problems := changed_files(checkpoint.folder, certificate):
+        raise CertificateMismatch(problems[0], hint="Fetch the locked model again.")
     if status:
         status("restoring")
     with atomic_folder(out) as work:
@@ -119,7 +122,7 @@ def inverse_edits(key: Key, certificate: LockCertificate) -> dict[str, Edit]:
     if missing:
         raise CheckpointError("the key names a tensor the model lacks", tensor=missing[0])
     edits: dict[str, Edit] = {
-        name: tuple(edit.inverse() for edit in edits) for name, edits in key.scalings.items()
+        name: inverses(edits) for name, edits in key.scalings.items()
     }
     for name, projection in key.projections.items():
         at_lock_time = (
@@ -146,10 +149,15 @@ def restore_matrix(key: Key, name: str, locked: Tensor, *, exact: bool | None = 
     Returns:
         W in its original dtype.
     """
-    rebuilt = merge(locked, key.projections[name])
     if exact is None:
         exact = name in key.hashes and key.hashes[name].after == tensor_sha256(locked)
-    return decode_residual(key.residuals[name], rebuilt) if exact else rebuilt
+    try:
+        rebuilt = merge(locked, key.projections[name])
+        return decode_residual(key.residuals[name], rebuilt) if exact else rebuilt
+    except (ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(
+            f"cannot be unlocked: key or tensor is damaged ({error})", tensor=name
+        ) from error
 
 
 def compare_hashes(hashes: Mapping[str, TensorHashes], certificate: LockCertificate) -> None:

@@ -15,7 +15,7 @@ from specdef.errors import CertificateMismatch, CheckpointError, KeyMismatch
 from specdef.lock.certificate import LockCertificate, load_certificate, table_digest
 from specdef.lock.key import Key, load_key, require_match
 from specdef.lock.load import load_model
-from specdef.lock.lock import other_files_sha256
+from specdef.lock.lock import changed_files
 from specdef.lock.unlock import inverse_edits
 from specdef.weights.checkpoint import Checkpoint
 from specdef.weights.rewrite import Progress, TensorHashes, rewrite_tensors
@@ -137,7 +137,7 @@ def verify_checkpoint(
     problems += _tensor_problems(hashes, certificate, unlocked=bool(key_matches))
     if key_matches and problems:
         key_matches = False
-    problems += _file_problems(checkpoint.folder, certificate)
+    problems += changed_files(checkpoint.folder, certificate)
     outputs: list[OutputDifference] = []
     source_matches = None
     if original is not None:
@@ -275,15 +275,6 @@ def _tensor_problems(
         elif unlocked and found.after != expected["sha256_original"]:
             out.append(f"tensor {name} does not unlock to the original with this key")
     return out
-
-
-def _file_problems(folder: Path, certificate: LockCertificate) -> list[str]:
-    found = other_files_sha256(folder)
-    return [
-        f"file {name} {'is missing' if name not in found else 'was changed'} since the model was locked"
-        for name, digest in certificate.files.items()
-        if found.get(name) != digest
-    ]
 
 
 def _same_source(original: Checkpoint, certificate: LockCertificate) -> bool:

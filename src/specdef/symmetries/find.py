@@ -167,6 +167,16 @@ class _Stack:
                 f"config.json of a {self.name!r} model lacks {missing}.",
                 hint="Use the config.json that was saved with the weights.",
             ) from None
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"config.json of a {self.name!r} model has sizes that cannot be ({error}).",
+                hint="Use the config.json that was saved with the weights.",
+            ) from None
+        if any(lengths[name] < 1 for name in lengths if name != "experts"):
+            raise CheckpointError(
+                f"config.json of a {self.name!r} model has sizes that cannot be ({lengths}).",
+                hint="Use the config.json that was saved with the weights.",
+            )
         if lengths["groups"] * lengths["kv"] != lengths["q"]:
             raise CheckpointError(
                 "num_attention_heads must be a multiple of num_key_value_heads in config.json.",

@@ -7,7 +7,7 @@ its inverse has the exponent negated: that is why an absorbed lock can be undone
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,7 +56,13 @@ class ScaleEdit:
         return replace(self, exponent=-self.exponent)
 
     def apply(
-        self, tensor: Tensor, *, name: str = "", prefix: tuple[int, ...] = (), start: int = 0
+        self,
+        tensor: Tensor,
+        *,
+        name: str = "",
+        prefix: tuple[int, ...] = (),
+        start: int = 0,
+        exact: bool = True,
     ) -> None:
         """Scale in place the part of the slice that lies in a block.
 
@@ -66,6 +72,7 @@ class ScaleEdit:
             name: Named in errors.
             prefix: Fixed indices of the axes before the block's first.
             start: Index of the block's first row.
+            exact: Refuse what does not fit; otherwise it is rounded.
 
         Raises:
             OutOfRange: The result would not be exact, finite and normal.
@@ -84,7 +91,8 @@ class ScaleEdit:
             else:
                 index[axis - first] = position
         view = tensor[tuple(index)]
-        scaled = scale_exactly(view, self.exponent)
+        # on the CPU, whatever the device: a slice is small, and not every device computes in float64
+        scaled = (scale_exactly if exact else _scale)(view.cpu(), self.exponent)
         if scaled is None:
             raise OutOfRange(name, self.position, self.exponent, tensor.dtype)
         tensor[tuple(index)] = scaled
@@ -107,6 +115,39 @@ Edit = ReplaceEdit | tuple[ScaleEdit, ...]
 """What is done to one tensor: one replacement, or any number of scalings."""
 
 
+def apply_all(
+    tensors: Mapping[str, Tensor], edits: Mapping[str, Sequence[ScaleEdit]], *, exact: bool = True
+) -> None:
+    """Apply scalings to tensors in place: all of them, or none if one does not fit.
+
+    Cost: only the slices are touched; no tensor is copied.
+
+    Args:
+        tensors: Tensor name to tensor, parameters included.
+        edits: Tensor name to its scalings.
+        exact: Refuse what does not fit; otherwise it is rounded.
+
+    Raises:
+        OutOfRange: A result would not be exact; everything is as it was.
+    """
+    done: list[tuple[Tensor, ScaleEdit]] = []
+    try:
+        for name, scalings in edits.items():
+            for edit in scalings:
+                tensor = tensors[name].detach()
+                edit.apply(tensor, name=name, exact=exact)
+                done.append((tensor, edit))
+    except BaseException:
+        for tensor, edit in reversed(done):
+            edit.inverse().apply(tensor, exact=exact)
+        raise
+
+
+def inverses(edits: Sequence[ScaleEdit]) -> tuple[ScaleEdit, ...]:
+    """Return the scalings that undo `edits`: in the other order, so that every value in between has been seen to fit."""
+    return tuple(edit.inverse() for edit in reversed(edits))
+
+
 def scale_exactly(values: Tensor, exponent: int) -> Tensor | None:
     """Return values * 2^exponent in the same dtype, or None where that would lose anything.
 
@@ -121,8 +162,12 @@ def scale_exactly(values: Tensor, exponent: int) -> Tensor | None:
         return None
     tiny = torch.finfo(values.dtype).tiny
     # Not torch.ldexp, which computes 2^exponent in float32 and so fails above 2^127.
-    scaled = (values.to(torch.float64) * math.ldexp(1.0, exponent)).to(values.dtype)
+    scaled = _scale(values, exponent)
     size, scaled_size = values.abs(), scaled.abs()
     exact = scaled.to(torch.float64) * math.ldexp(1.0, -exponent) == values.to(torch.float64)
     normal = (values == 0) | ((size >= tiny) & (scaled_size >= tiny))
     return scaled if bool((exact & normal & scaled.isfinite()).all()) else None
+
+
+def _scale(values: Tensor, exponent: int) -> Tensor:
+    return (values.to(torch.float64) * math.ldexp(1.0, exponent)).to(values.dtype)

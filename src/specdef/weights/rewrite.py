@@ -11,8 +11,9 @@ import hashlib
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def rewrite_tensors(
     stop = threading.Event()
     lock = threading.Lock()
     done = 0
+    waiting = Counter(source.location.values())
+    syncs: list[Future[None]] = []
 
     def advance(nbytes: int) -> None:
         nonlocal done
@@ -101,16 +104,22 @@ def rewrite_tensors(
         except BaseException:
             stop.set()  # here, so that no thread begins another tensor before the main thread wakes up
             raise
+        with lock:
+            waiting[shard] -= 1
+            if not waiting[shard] and shard in handles:
+                syncs.append(syncer.submit(os.fsync, handles[shard]))
         return name, hashes
 
     try:
         if out is not None:
             for shard, header in headers.items():
                 handles[shard] = _create(out / shard, header)
-        largest_first = sorted(source.names, key=lambda n: -source.infos[n].nbytes)
-        with ThreadPoolExecutor(workers) as pool:
+        # One shard after the other, so that the disk takes in what is done while the next one is hashed; within a
+        # shard the largest first, so that no thread is left with a large one at the end.
+        order = sorted(source.names, key=lambda n: (source.location[n], -source.infos[n].nbytes))
+        with ThreadPoolExecutor(1) as syncer, ThreadPoolExecutor(workers) as pool:
             try:
-                futures = [pool.submit(task, name) for name in largest_first]
+                futures = [pool.submit(task, name) for name in order]
                 wait(futures, return_when=FIRST_EXCEPTION)
                 for future in futures:
                     if future.done() and not future.cancelled() and future.exception():
@@ -120,6 +129,8 @@ def rewrite_tensors(
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         results = dict(future.result() for future in futures)
+        for sync in syncs:
+            sync.result()
     finally:
         for handle in handles.values():
             os.close(handle)

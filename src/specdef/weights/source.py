@@ -12,7 +12,10 @@ from specdef.errors import CheckpointError
 from specdef.weights.checkpoint import Checkpoint, TensorFile, as_tensor
 
 SAMPLE_LINES = 64
-"""Lines (rows or columns) a statistic of a large tensor is taken from: a norm is then good to about 9 %."""
+"""Entries of a slice a statistic of a large tensor is taken from: a norm is then good to about 9 %."""
+
+SAMPLE_READS = 16
+"""The same where every entry costs a read of its own (columns of a matrix): enough to see that a channel is alive."""
 
 EXACT_ELEMENTS = 2**20
 """Tensors up to this size are read whole."""
@@ -86,7 +89,7 @@ class FolderSource:
 
             if few:
                 return _slices(part(0, (before, length, after)))
-            outer = _evenly(before, max(1, SAMPLE_LINES // min(after, SAMPLE_LINES)))
+            outer = _evenly(before, max(1, SAMPLE_READS // after))
             pick = _evenly(after, SAMPLE_LINES)
             # (length, after) is one contiguous piece of the file for every outer index; taken 2^20 entries at a time
             step = max(1, EXACT_ELEMENTS // after)
