@@ -32,7 +32,9 @@ from specdef.symmetries.site import Site
 from specdef.weights.source import MemorySource
 
 CONTROL_RATES = (5e-5, 1e-4, 2e-4, 3e-4)
-LOCKED_RATES = (1e-6, 1e-7, 1e-8, 3e-9, 1e-9, 3e-10, 1e-10, 1e-11)
+MILD_RATES = (1e-5, 3e-6, 1e-6, 3e-7, 1e-7)
+STEEP_RATES = (1e-8, 1e-9, 3e-10, 1e-10, 3e-11, 1e-11, 1e-12)
+"""Each sweep goes from where the design diverges to where nothing moves; `at_edge` says if it did not."""
 
 Statistic = Callable[[Site], torch.Tensor]
 
@@ -128,7 +130,9 @@ def main() -> None:
     train, held_out = batches[: options.steps], batches[options.steps :]
 
     def best(
-        scores: dict[str, torch.Tensor] | None, config: specdef.LockConfig | None
+        scores: dict[str, torch.Tensor] | None,
+        config: specdef.LockConfig | None,
+        rates: tuple[float, ...],
     ) -> dict[str, object]:
         def load() -> torch.nn.Module:
             model = specdef.load_model(folder)
@@ -142,7 +146,6 @@ def main() -> None:
                         edit.apply(tensors[name].data, name=name)
             return model
 
-        rates = LOCKED_RATES if config is not None else CONTROL_RATES
         runs = sweep(load, train, held_out, rates)
         winner = min(runs, key=lambda run: run.best)
         losses = {
@@ -153,16 +156,16 @@ def main() -> None:
 
     convex = specdef.LockConfig()
     designs = {
-        "unlocked": (None, None),
-        "uniform 2^10, most active": (None, specdef.LockConfig(scale=2.0**10, schedule="uniform", channel="most-active")),
-        "convex, calibrated": (scores, convex),
-        "convex, data-free (the default: site order, largest producer)": (None, convex),
-        "convex, site order, smallest product": (site_order(sites, found["product"], largest=False), convex),
-        "convex, ordered by smallest product": ({s.name: found["product"](s) for s in sites}, convex),
+        "unlocked": (None, None, CONTROL_RATES),
+        "uniform 2^10, most active": (None, specdef.LockConfig(scale=2.0**10, schedule="uniform", channel="most-active"), MILD_RATES),
+        "convex, calibrated": (scores, convex, STEEP_RATES),
+        "convex, data-free (the default: site order, largest producer)": (None, convex, STEEP_RATES),
+        "convex, site order, smallest product": (site_order(sites, found["product"], largest=False), convex, STEEP_RATES),
+        "convex, ordered by smallest product": ({s.name: found["product"](s) for s in sites}, convex, MILD_RATES),
     }  # fmt: skip
     results: dict[str, dict[str, object]] = {}
-    for name, (given, config) in designs.items():
-        results[name] = best(given, config)
+    for name, (given, config, rates) in designs.items():
+        results[name] = best(given, config, rates)
         control = results["unlocked"]
         gain = float(control["start"]) - float(control["best"])  # type: ignore[arg-type]
         kept = float(results[name]["start"]) - float(results[name]["best"])  # type: ignore[arg-type]

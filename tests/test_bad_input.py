@@ -35,7 +35,7 @@ from specdef import (
 )
 from specdef.models.tiny import save_tiny
 from specdef.weights.atomic import atomic_file
-from specdef.weights.checkpoint import CERTIFICATE_NAME, COMPENSATION_NAME, INDEX_NAME
+from specdef.weights.folder import CERTIFICATE_NAME, COMPENSATION_NAME, INDEX_NAME
 from specdef.weights.header import read_header
 
 METHODS = {

@@ -15,15 +15,10 @@ from safetensors.torch import save_file
 
 from helpers import entry, raw_file, snapshot, write_folder, write_index
 from specdef.errors import CheckpointError
-from specdef.weights.checkpoint import (
-    INDEX_NAME,
-    Checkpoint,
-    TensorFile,
-    as_bytes,
-    as_tensor,
-    tensor_sha256,
-)
+from specdef.weights.checkpoint import Checkpoint, TensorFile
+from specdef.weights.folder import INDEX_NAME
 from specdef.weights.rewrite import copy_other_files
+from specdef.weights.tensor_bytes import as_bytes, as_tensor, tensor_sha256
 
 A, B = {"a": torch.ones(2, 3)}, {"b": torch.zeros(4)}
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specdef.weights.checkpoint import as_bytes
 from specdef.weights.edit import OutOfRange, ScaleEdit, scale_exactly
+from specdef.weights.tensor_bytes import as_bytes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BITS = {

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 
 from helpers import entry, raw_file
 from specdef.errors import CheckpointError
-from specdef.weights.checkpoint import DTYPE_NAMES, TORCH_DTYPES
 from specdef.weights.header import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
@@ -27,6 +26,7 @@ from specdef.weights.header import (
     parse_header,
     read_header,
 )
+from specdef.weights.tensor_bytes import DTYPE_NAMES, TORCH_DTYPES
 
 NAMES = st.text(min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__" and not any("\ud800" <= c <= "\udfff" for c in name)

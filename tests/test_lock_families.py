@@ -10,7 +10,8 @@ import specdef
 from specdef.errors import SpecDefError
 from specdef.lock.verify import probe_inputs
 from specdef.models.tiny import TINY_FAMILIES
-from specdef.weights.checkpoint import COMPENSATION_NAME, Checkpoint, file_sha256
+from specdef.weights.checkpoint import Checkpoint
+from specdef.weights.folder import COMPENSATION_NAME, file_sha256
 
 ABSORBED = {
     "convex": specdef.LockConfig(scale=2.0**24),

@@ -21,10 +21,11 @@ from torch import Tensor
 from helpers import entry, raw_file, snapshot, tensor_hashes, write_folder
 from specdef.errors import CheckpointError
 from specdef.weights import rewrite as rewrite_module
-from specdef.weights.checkpoint import TORCH_DTYPES, Checkpoint, TensorFile, as_bytes
+from specdef.weights.checkpoint import Checkpoint, TensorFile
 from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit, ScaleEdit
 from specdef.weights.header import read_header
 from specdef.weights.rewrite import check_finite, copy_other_files, rewrite_tensors
+from specdef.weights.tensor_bytes import TORCH_DTYPES, as_bytes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -14,7 +14,7 @@ from helpers import write_folder
 from specdef.errors import CheckpointError
 from specdef.weights import source as source_module
 from specdef.weights.checkpoint import Checkpoint, TensorFile
-from specdef.weights.source import SAMPLE_LINES, SAMPLE_READS, FolderSource, MemorySource
+from specdef.weights.source import SAMPLE_READS, FolderSource, MemorySource
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

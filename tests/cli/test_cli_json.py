@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdef.weights.checkpoint import Checkpoint, file_sha256
+from specdef.weights.checkpoint import Checkpoint
+from specdef.weights.folder import file_sha256
 
 LOCK = {
     "method", "sites", "tensors_total", "tensors_changed", "sigma_max_before", "sigma_max_after", "seconds", "key",

@@ -24,10 +24,11 @@ app = typer.Typer(
 )
 
 
-def _version(value: bool) -> None:
+def _version(value: bool) -> bool:
     if value:
         typer.echo(f"specdef {__version__}")
         raise typer.Exit
+    return value
 
 
 @app.callback()

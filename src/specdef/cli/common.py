@@ -18,25 +18,19 @@ import typer
 from specdef.errors import CheckpointError, SpecDefError
 
 if TYPE_CHECKING:
-    pass
+    from specdef.lock.plan import LockPlan
 
-HUB_PATTERNS = [
-    "*.safetensors",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.md",
-    "LICENSE*",
-    "*.tiktoken",
-]
+HUB_IGNORED = [
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot",
+]  # fmt: skip
+"""Other copies of the weights. All else is fetched: a certificate vouches for every file of its folder."""
 
 
-def load_defaults(ctx: typer.Context, value: Path | None) -> Path | None:
+def load_defaults(ctx: Any, value: Path | None) -> Path | None:
     """Take option values from a TOML file; what stands on the command line wins.
 
     Args:
-        ctx: The verb's context.
+        ctx: The verb's context: click's own, although typer asks for `typer.Context`, a class it does not pass.
         value: The file; its table [verb] (or, without one, its top level) names options with underscores or hyphens.
             A list is what commas are on the command line.
 
@@ -168,7 +162,7 @@ def find_model(name: str, *, quiet: bool = False) -> Path:
     if not quiet:
         say(f"{name} is no local folder; asking the Hugging Face hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(name, ignore_patterns=HUB_IGNORED))
     except (
         Exception
     ) as error:  # the hub client raises many kinds, and all of them mean the same here
@@ -253,6 +247,16 @@ def progress_bar(label: str) -> Iterator[tuple[Callable[[int, int], None], Calla
             say(f"{label}: {done / max(total, 1):.0%}")
 
     yield line, lambda text: say(f"{label}: {text}")
+
+
+def output_bytes(source_bytes: int, plan: LockPlan) -> int:
+    """Estimate the bytes a lock writes: the weights, and the inserted layers of a compensated lock."""
+    inserted = (
+        sum(p.basis.shape[0] ** 2 * 4 for p in plan.projections.values())
+        if plan.method == "compensated"
+        else 0
+    )
+    return source_bytes + inserted
 
 
 def human_bytes(n: float) -> str:

@@ -13,6 +13,7 @@ from specdef.cli.common import (
     Seed,
     find_model,
     human_bytes,
+    output_bytes,
     parse_layers,
     parse_modules,
     print_json,
@@ -153,12 +154,11 @@ def inspect_sites(checkpoint: Checkpoint) -> dict[str, Any]:
     Returns:
         sites, uncovered, plan; where there can be none (a family without a table, a locked folder), `sites_error`.
     """
-    from specdef.cli.lock import output_bytes
     from specdef.errors import CheckpointError, SpecDefError
     from specdef.lock.config import LockConfig
     from specdef.lock.lock import plan_lock
     from specdef.symmetries import find_sites
-    from specdef.weights.checkpoint import CERTIFICATE_NAME
+    from specdef.weights.folder import CERTIFICATE_NAME
 
     try:
         if (checkpoint.folder / CERTIFICATE_NAME).exists():

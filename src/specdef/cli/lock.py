@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from specdef.cli.common import (
     Seed,
     find_model,
     human_bytes,
+    output_bytes,
     parse_layers,
     parse_modules,
     print_json,
@@ -26,7 +28,6 @@ from specdef.cli.common import (
 if TYPE_CHECKING:
     from specdef.lock.certificate import LockCertificate
     from specdef.lock.config import LockConfig
-    from specdef.lock.plan import LockPlan
 
 CHECK_BELOW = 2_000_000_000
 """Bytes of weights up to which outputs are compared after locking unless told otherwise."""
@@ -139,10 +140,10 @@ def lock(
         return
     with progress_bar("lock") as (progress, status):
         certificate = lock_checkpoint(
-            folder, out, recipe, key_path=key, calibration=batches, source_name=model if not Path(model).exists() else "",
+            folder, out, recipe, key_path=key, calibration=batches, source_name=_source_name(model, folder),
             progress=progress, status=None if json else status,
         )  # fmt: skip
-    identical = _check(folder, out, certificate, check, device=device, quiet=json)
+    certificate, identical = _check(folder, out, certificate, check, device=device, quiet=json)
     if sign:
         from specdef.lock.signing import sign_folder
 
@@ -160,6 +161,13 @@ def lock(
     if check and identical is None:
         say("FINDING: outputs could not be compared, though --check asks for it")
         raise typer.Exit(1)
+
+
+def _source_name(model: str, folder: Path) -> str:
+    """Return the hub id with its revision; a local folder goes by its own name."""
+    if Path(model).exists():
+        return ""
+    return f"{model}@{folder.name}" if folder.parent.name == "snapshots" else model
 
 
 def _calibration(choice: str | None, folder: Path, seed: int) -> Any:
@@ -189,7 +197,8 @@ def _dry_run(folder: Path, out: Path, recipe: LockConfig, batches: Any, *, as_js
     from specdef.lock.certificate import count_reasons
     from specdef.lock.lock import calibrate_checkpoint, plan_lock
     from specdef.weights.atomic import refuse_existing
-    from specdef.weights.checkpoint import CERTIFICATE_NAME, Checkpoint
+    from specdef.weights.checkpoint import Checkpoint
+    from specdef.weights.folder import CERTIFICATE_NAME
 
     # what a real run refuses, a dry run refuses too
     refuse_existing(out)
@@ -233,16 +242,6 @@ def _dry_run(folder: Path, out: Path, recipe: LockConfig, batches: Any, *, as_js
     say("dry run: nothing was written")
 
 
-def output_bytes(source_bytes: int, plan: LockPlan) -> int:
-    """Estimate the bytes a lock writes: the weights, and the inserted layers of a compensated lock."""
-    inserted = (
-        sum(p.basis.shape[0] ** 2 * 4 for p in plan.projections.values())
-        if plan.method == "compensated"
-        else 0
-    )
-    return source_bytes + inserted
-
-
 def _check(
     folder: Path,
     out: Path,
@@ -251,16 +250,23 @@ def _check(
     *,
     device: str,
     quiet: bool,
-) -> bool | None:
-    """Compare outputs, record the difference in the certificate, and say whether they are identical."""
+) -> tuple[LockCertificate, bool | None]:
+    """Compare outputs, record the difference in the certificate, and say whether they are identical.
+
+    Card and notes say so where bit identity was promised and did not hold; the promise stays, so that `verify` fails.
+
+    Returns:
+        The certificate as it stands now, and the verdict; None where nothing was compared.
+    """
     from specdef.errors import CheckpointError
+    from specdef.lock.card import write_card
     from specdef.lock.verify import DTYPES, compare_outputs
     from specdef.weights.checkpoint import Checkpoint
 
     if check is None:
         check = certificate.method != "scaled" and Checkpoint.open(folder).nbytes < CHECK_BELOW
     if not check:
-        return None
+        return certificate, None
     results = []
     for dtype in DTYPES:
         if not quiet:
@@ -269,12 +275,27 @@ def _check(
             results.append(compare_outputs(out, folder, dtype, device=device))
         except CheckpointError as error:
             say(f"outputs were not compared: {error}")
-            return None
-    certificate.output_difference.update(
-        {r.dtype: d for r in results if math.isfinite(d := r.max_abs_logit_difference)}
+            return certificate, None
+    identical = all(r.bit_identical for r in results)
+    differences = {r.dtype: r.max_abs_logit_difference for r in results}
+    certificate = replace(
+        certificate,
+        output_difference={d: x for d, x in differences.items() if math.isfinite(x)},
+        notes=[
+            *certificate.notes,
+            *(
+                f"Outputs in {d} are not finite."
+                for d, x in differences.items()
+                if not math.isfinite(x)
+            ),
+        ],
     )
+    if certificate.bit_identical and not identical:
+        broken = "Outputs are not those of the original, though they should be: do not publish this folder."
+        certificate = replace(certificate, notes=[*certificate.notes, broken])
+        write_card(out, certificate)
     certificate.write(out)
-    return all(r.bit_identical for r in results)
+    return certificate, identical
 
 
 def _summary(certificate: LockCertificate) -> None:

@@ -1,7 +1,7 @@
 """`make demo`: lock SmolLM2-135M-Instruct, prove that nothing changed, attack it, and undo the lock.
 
 Writes into runs/demo: the locked and the restored model, the key, demo.json and demo.png. The attack is AdamW over all
-parameters on a text the lock was not calibrated on, at the rate everyone uses and at the best of a sweep, beside the same
+parameters, at the rate everyone uses and at the best of a sweep, beside the same
 on the original. What the lock does not stop is printed too; `docs/limits.md` says it in full.
 """
 
@@ -29,7 +29,7 @@ DEFAULT_RATE = 5e-5
 """What transformers' Trainer takes unless told otherwise."""
 
 CONTROL_RATES = (DEFAULT_RATE, 1e-4, 3e-4)
-LOCKED_RATES = (DEFAULT_RATE, 1e-8, 1e-9, 1e-10, 1e-11)
+LOCKED_RATES = (DEFAULT_RATE, 1e-9, 1e-10, 1e-11, 1e-12)
 """From where the lock diverges to where nothing moves any more."""
 
 PROMPT = "What is the capital of France?"
@@ -89,13 +89,8 @@ def run(model: Path, out: Path, *, steps: int = 8, length: int = 32) -> dict[str
     stage("1. inspect")
     _show_inspection(model)
 
-    stage("2. lock (absorbed, calibrated on the State of the Union)")
-    calibration = token_batches(
-        load_text("sotu"), tokenizer, batch_size=4, length=length, num_batches=8, seed=0
-    )
-    certificate = specdef.lock_checkpoint(
-        model, out / "locked", specdef.LockConfig(), calibration=calibration
-    )
+    stage("2. lock (absorbed)")
+    certificate = specdef.lock_checkpoint(model, out / "locked")
     _say(
         f"{len(certificate.sites)} sites, {certificate.tensors_changed} of {certificate.tensors_total} tensors changed; "
         f"largest singular value {certificate.sigma_max_before:.3g} -> {certificate.sigma_max_after:.3g}"

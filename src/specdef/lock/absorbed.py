@@ -60,45 +60,45 @@ def plan_absorbed(
     exact = [site for site in symmetries.sites if site.kind != "offset-norm"]
     sites = select_sites(exact, config)
     channels = Channels(source)
-    chosen: list[tuple[float, Site, int]] = []
-    skipped: dict[str, str] = {}
-    for site in sites:
-        usable = channels.usable(site, math.log2(config.bottom))
+    largest = scores is None or config.channel == "most-active"
+
+    def pick(site: Site, exponent: float) -> tuple[float, int] | None:
+        """Return score and index of the best channel that has room for 2^exponent."""
+        usable = channels.usable(site, exponent)
         for name, channel in banned:
             if name == site.name:
                 usable[channel] = False
+        score = (channels.activity(site) if scores is None else scores[site.name]).double()
+        usable &= score.isfinite()
         if not usable.any():
-            skipped[site.name] = (
-                f"no channel can be scaled by 2^{math.log2(config.bottom):.0f} exactly"
-            )
-            continue
-        if scores is not None:
-            score = scores[site.name].double()
-            largest = config.channel == "most-active"
+            return None
+        if largest:
+            channel = int(torch.where(usable, score, -math.inf).argmax())
         else:
-            score, largest = channels.activity(site).double(), True
-        worst = -math.inf if largest else math.inf
-        candidates = torch.where(usable, score, worst)
-        channel = int(candidates.argmax() if largest else candidates.argmin())
-        chosen.append((float(score[channel]), site, channel))
-    if not chosen:
+            channel = int(torch.where(usable, score, math.inf).argmin())
+        return float(score[channel]), channel
+
+    first = {site.name: pick(site, math.log2(config.bottom)) for site in sites}
+    ordered = [site for site in sites if first[site.name] is not None]
+    # The first sites get the highest exponents; ties stay in the model's order.
+    if scores is None and config.channel == "least-useful":
+        ordered.sort(key=_data_free_rank)
+    else:
+        sign = -1 if config.channel == "most-active" else 1
+        ordered.sort(key=lambda site: sign * (first[site.name] or (math.inf,))[0])
+    chosen: list[tuple[int, float, Site, int]] = []
+    for exponent, site in zip(exponents(len(ordered), config), ordered, strict=True):
+        if (found := pick(site, exponent)) is not None:
+            chosen.append((exponent, found[0], site, found[1]))
+    if 2 * len(chosen) < len(sites):  # what is left would be a lock in name only
         raise SelectionError(
-            f"none of the {len(sites)} selected sites has a channel with exponent room",
+            f"only {len(chosen)} of {len(sites)} selected sites have an active channel with exponent room",
             hint="Use a smaller scale, or a checkpoint in bfloat16 or float32 (float16 has hardly any room).",
         )
-    # The first sites get the highest exponents; ties stay in the model's order.
-    if config.channel == "most-active":
-        chosen.sort(key=lambda item: -item[0])
-    elif scores is not None:
-        chosen.sort(key=lambda item: item[0])
-    else:
-        chosen.sort(key=lambda item: _data_free_rank(item[1]))
     scalings: dict[str, list[ScaleEdit]] = {}
     slices: dict[str, float] = {}
     records = []
-    for exponent, (score_value, site, channel) in zip(
-        exponents(len(chosen), config), chosen, strict=True
-    ):
+    for exponent, score_value, site, channel in chosen:
         producer = site.producers[0]
         norm = (
             float(channels.statistics(producer).rms[channel])
@@ -122,7 +122,7 @@ def plan_absorbed(
     taken = {record.name for record in records}
     for site in symmetries.sites:
         if site.name not in taken:
-            reason = skipped.get(site.name, _why_left_out(site))
+            reason = _why_left_out(site, selected=site in sites)
             uncovered |= {leg.tensor: reason for leg in site.consumers}
     covered = {name for record in records for name in record.covers}
     uncovered = {name: reason for name, reason in uncovered.items() if name not in covered}
@@ -206,7 +206,9 @@ def _slice_length(source: TensorSource, leg: Leg) -> int:
     return math.prod(shape[len(leg.lead) :]) // shape[leg.axis]
 
 
-def _why_left_out(site: Site) -> str:
+def _why_left_out(site: Site, *, selected: bool) -> str:
+    if selected:
+        return "no channel is active and has room for the scale"
     if site.kind == "offset-norm":
         return "norm gain is 1 + weight: scaling it rounds, so bit identity is not available"
     return "not selected"

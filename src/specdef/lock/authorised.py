@@ -19,21 +19,18 @@ from specdef.errors import CheckpointError, KeyMismatch, SpecDefError
 from specdef.lock.card import write_card
 from specdef.lock.certificate import LockCertificate, load_certificate, table_digest, tool_versions
 from specdef.lock.compensated import compensated_layers, module_path
+from specdef.lock.files import other_files_sha256
 from specdef.lock.key import Key, load_key, require_match
 from specdef.lock.load import LOCK_ID
-from specdef.lock.lock import other_files_sha256
 from specdef.lock.names import NameMap
 from specdef.lock.projected import scaled_matrix
 from specdef.lock.unlock import inverse_edits, restore_matrix
 from specdef.weights.atomic import atomic_folder
-from specdef.weights.checkpoint import (
-    COMPENSATION_NAME,
-    TORCH_DTYPES,
-    Checkpoint,
-    tensor_sha256,
-)
-from specdef.weights.edit import ReplaceEdit, ScaleEdit
+from specdef.weights.checkpoint import Checkpoint
+from specdef.weights.edit import OutOfRange, ReplaceEdit, apply_all, inverses
+from specdef.weights.folder import COMPENSATION_NAME
 from specdef.weights.rewrite import copy_other_files, rewrite_tensors
+from specdef.weights.tensor_bytes import TORCH_DTYPES, tensor_sha256
 
 UNLOCKED = "_specdef_unlocked"
 """Attribute that marks a model while it is unlocked."""
@@ -44,7 +41,8 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
     """Unlock a model in memory for the length of a `with` block, and lock it again on the way out.
 
     Parameters stay the same objects, so build the optimiser inside the block (its state belongs to the unlocked scale).
-    The model is locked again also when the block raises.
+    The model is locked again also when the block raises, and also when a trained value no longer fits: it is then rounded
+    (NaN stays NaN), and an error says so. Merge adapters before the block ends: they were trained on unlocked inputs.
 
     Args:
         model: A locked model: from `load_model`, `from_pretrained` or `lock_model`.
@@ -55,6 +53,7 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
 
     Raises:
         KeyMismatch: The key is of another lock.
+        CheckpointError: The key is damaged; the model is as it was.
         SpecDefError: The model is unlocked already, or the trained weights cannot be locked exactly with the key.
     """
     key = key if isinstance(key, Key) else load_key(key)
@@ -76,41 +75,40 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
             "the model lacks inserted layers of this key", hint="Load it with specdef.load_model."
         )
     stored = {name: weight.dtype for name, weight in weights.items()}
-    with torch.no_grad():
-        # every tensor is computed before any is changed: a key that does not fit leaves the model as it was
-        for weight, data in [
-            (weights[name], _scaled(weights[name], tuple(e.inverse() for e in edits), name))
-            for name, edits in key.scalings.items()
-        ]:
-            weight.copy_(data)
-        for name in key.projections:
-            weights[name].data = restore_matrix(key, name, weights[name].detach().cpu()).to(
-                weights[name].device
-            )
+    trainable = [module.compensation.requires_grad for module in modules]
+    # every matrix is computed before any is changed: a key that does not fit leaves the model as it was
+    restored = {name: _restored(key, name, weights[name]) for name in key.projections}
+    apply_all(weights, {name: inverses(edits) for name, edits in key.scalings.items()})
+    _drop_gradients(model)
+    for name, matrix in restored.items():
+        weights[name].data = matrix.to(weights[name].device)
+    restored.clear()
     for module in modules:
         module.unlocked = True
         module.compensation.requires_grad_(False)
     setattr(model, UNLOCKED, True)
+    setattr(model, LOCK_ID, key.lock_id)
+
+    def lock_again() -> list[str]:
+        _drop_gradients(model)
+        problems = _lock_again(model, key, weights, stored)
+        setattr(model, UNLOCKED, False)
+        for module, flag in zip(modules, trainable, strict=True):
+            module.unlocked = False
+            module.compensation.requires_grad_(flag)
+        return problems
+
     try:
         yield model
-    finally:
-        for parameter in model.parameters():
-            parameter.grad = (
-                None  # gradients of the unlocked weights mean nothing for the locked ones
-            )
-        with torch.no_grad():
-            relocked = [
-                (weights[n], _scaled(weights[n], edits, n)) for n, edits in key.scalings.items()
-            ]
-            for weight, data in relocked:
-                weight.copy_(data)
-            for name, projection in key.projections.items():
-                weight = weights[name]
-                weight.data = scaled_matrix(weight.detach(), projection).to(stored[name])
-        setattr(model, UNLOCKED, False)
-        for module in modules:
-            module.unlocked = False
-            module.compensation.requires_grad_(True)
+    except BaseException as error:
+        for problem in lock_again():
+            error.add_note(problem)
+        raise
+    if problems := lock_again():
+        raise SpecDefError(
+            problems[0],
+            hint="The model is locked again, but is not what was trained: load the locked folder and repeat the training.",
+        )
 
 
 def save_locked(
@@ -129,7 +127,8 @@ def save_locked(
 
     Raises:
         CheckpointError: A tensor of the folder is not in the model, has another shape, or the output cannot be written.
-        SpecDefError: The model is unlocked, or the key does not fit.
+        KeyMismatch: The key is of another lock than the model or the folder; a model that is not locked has none.
+        SpecDefError: The model is unlocked.
     """
     key = key if isinstance(key, Key) else load_key(key)
     if getattr(model, UNLOCKED, False):
@@ -139,6 +138,11 @@ def save_locked(
     old = Checkpoint.open(like)
     certificate = load_certificate(old.folder)
     require_match(key, certificate.to_dict())
+    if getattr(model, LOCK_ID, None) != key.lock_id:
+        raise KeyMismatch(
+            "the model was not locked with this key, so it would be saved unlocked",
+            hint="Save the model that was loaded from the locked folder and trained with authorisation.",
+        )
     names = NameMap(model)
     tensors = {name: names.tensor(name) for name in old.names}
 
@@ -210,8 +214,49 @@ def _renewed(
     return LockCertificate(**values)
 
 
-def _scaled(weight: Tensor, edits: tuple[ScaleEdit, ...], name: str) -> Tensor:
-    out = weight.detach().cpu().clone()
-    for edit in edits:
-        edit.apply(out, name=name)
-    return out
+def _restored(key: Key, name: str, weight: Tensor) -> Tensor:
+    """Return W, checked against the key's hash where the weights are those of lock time.
+
+    Raises:
+        CheckpointError: The key is damaged.
+    """
+    locked = weight.detach().cpu()
+    matrix = restore_matrix(key, name, locked)
+    known = key.hashes.get(name)
+    at_lock_time = known is not None and known.after == tensor_sha256(locked)
+    if known is not None and at_lock_time and known.before != tensor_sha256(matrix):
+        raise CheckpointError("does not unlock to the original: the key is damaged", tensor=name)
+    return matrix
+
+
+def _lock_again(
+    model: nn.Module, key: Key, weights: Mapping[str, Tensor], stored: Mapping[str, torch.dtype]
+) -> list[str]:
+    """Lock whatever now stands where the weights stood, whatever its values are; return what went wrong."""
+    problems, now, names = [], {}, NameMap(model)
+    for name, weight in weights.items():
+        try:
+            now[name] = names.tensor(name)
+        except SpecDefError:  # an adapter has wrapped it
+            now[name] = weight
+            problems.append(
+                f"{name} was wrapped or renamed inside the block; what was put around it does not fit the locked model"
+            )
+    try:
+        apply_all(now, key.scalings)
+    except OutOfRange as error:
+        # an unlocked model must not be left behind: better a rounded one
+        apply_all(now, key.scalings, exact=False)
+        problems.insert(
+            0,
+            f"{error.tensor}: trained values no longer fit the lock exactly (NaN, Inf or too small)",
+        )
+    for name, projection in key.projections.items():
+        now[name].data = scaled_matrix(now[name].detach(), projection).to(stored[name])
+    return problems
+
+
+def _drop_gradients(model: nn.Module) -> None:
+    """Forget gradients: those of the locked weights mean nothing for the unlocked ones, nor the reverse."""
+    for parameter in model.parameters():
+        parameter.grad = None

@@ -32,14 +32,14 @@ def calibrated_scores(
     Cost: one forward and backward pass per batch; memory of the model and of one gradient at a time.
 
     Args:
-        model: In evaluation mode; called as `model(**batch)`, with a `loss` in what it returns.
+        model: Run in evaluation mode, and left in the mode it was in; called as `model(**batch)`, with a `loss` in what it returns.
         sites: Sites whose consumers are Linear, Conv1D or convolution weights of the model.
         batches: Inputs with labels.
         channel: "least-useful" for usefulness, "most-active" for rms(x_c).
         progress: Called with the number of batches done.
 
     Returns:
-        Site name to (size,) float32 scores.
+        Site name to (size,) float32 scores; inf for a channel that was never active, which is not explosive.
 
     Raises:
         SpecDefError: A consumer is no plain module of the model, or the loss is missing or not finite.
@@ -55,7 +55,9 @@ def calibrated_scores(
     rows = dict.fromkeys(legs, 0)
     handles: list[Any] = []
     was = {p: p.requires_grad for p in model.parameters()}
+    training = {module: module.training for module in model.modules()}
     try:
+        model.eval()  # batch norm would otherwise learn from the calibration text
         for parameter in was:
             parameter.requires_grad_(False)
         for name, leg in legs.items():
@@ -82,6 +84,8 @@ def calibrated_scores(
     finally:
         for handle in handles:
             handle.remove()
+        for module, mode in training.items():
+            module.training = mode
         for parameter, flag in was.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
@@ -147,4 +151,4 @@ def _score(
         )
     if channel == "most-active":
         return square.sqrt().float()
-    return (gradient.sqrt() / square.sqrt().clamp_min(torch.finfo(torch.float64).tiny)).float()
+    return torch.where(square > 0, gradient.sqrt() / square.sqrt(), torch.inf).float()

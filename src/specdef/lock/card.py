@@ -56,13 +56,14 @@ def _section(certificate: LockCertificate) -> str:
     lines = [
         "## Locked against training",
         "",
-        f"The weights were locked with [specdef](https://pypi.org/project/specdef/) {certificate.versions.get('specdef', '')}, "
+        f"The weights were locked with specdef {certificate.versions.get('specdef', '')}, "
         f"method `{certificate.method}`, at {what} sites; {certificate.tensors_changed} of {certificate.tensors_total} "
         f"tensors were changed. Its outputs are {outputs}.",
         "",
         f"| | before | after |\n|---|---|---|\n| largest singular value of the most deformed matrix | "
         f"{certificate.sigma_max_before:.4g} | {certificate.sigma_max_after:.4g} |",
         "",
+        *(line for note in certificate.notes for line in (f"Note: {note}", "")),
         f"**What this does not stop.** {certificate.threat_model}",
         "",
         f"Check it yourself: `specdef verify THIS_FOLDER`. Lock id `{certificate.lock_id[:16]}`.",

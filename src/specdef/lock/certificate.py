@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import Any
 import torch
 
 from specdef.errors import CertificateMismatch, CheckpointError
+from specdef.lock.config import LockConfig
+from specdef.lock.key import Key
+from specdef.lock.plan import LockPlan
 from specdef.weights.atomic import atomic_file
-from specdef.weights.checkpoint import CERTIFICATE_NAME, read_json
+from specdef.weights.folder import CERTIFICATE_NAME, read_json
 
 _FORMAT = "specdef-certificate-1"
 
@@ -115,6 +118,59 @@ class LockCertificate:
         with atomic_file(path) as work:  # `specdef lock` writes it again once outputs are compared
             work.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         return path
+
+
+def build_certificate(
+    plan: LockPlan,
+    key: Key,
+    config: LockConfig,
+    *,
+    files: Mapping[str, str],
+    source_name: str,
+    calibrated: bool,
+    dropped: Iterable[str] = (),
+) -> LockCertificate:
+    """Put together what is known of a lock.
+
+    Args:
+        plan: What was done.
+        key: Its key, hashes filled in.
+        config: The recipe.
+        files: Other files to SHA-256.
+        source_name: Name of the model.
+        calibrated: Whether channels were chosen on data.
+        dropped: Files that were not carried over.
+
+    Returns:
+        The certificate.
+    """
+    return LockCertificate(
+        method=plan.method,
+        config=config.to_dict(),
+        lock_id=key.lock_id,
+        source={
+            "name": source_name,
+            "sha256": table_digest({name: h.before for name, h in key.hashes.items()}),
+        },
+        sites=[record.to_dict() for record in plan.sites],
+        tensors={
+            n: {"sha256": h.after, "sha256_original": h.before} for n, h in key.hashes.items()
+        },
+        files=dict(files),
+        tensors_total=len(key.hashes),
+        tensors_changed=sum(h.before != h.after for h in key.hashes.values()),
+        sigma_max_before=plan.sigma_max_before,
+        sigma_max_after=plan.sigma_max_after,
+        selection=("calibrated" if calibrated else "data-free")
+        if plan.method == "absorbed"
+        else "",
+        bit_identical=plan.method == "absorbed",
+        uncovered=count_reasons(plan.uncovered),
+        dropped=list(dropped),
+        notes=list(plan.notes),
+        threat_model=threat_model(plan.method),
+        versions=tool_versions(),
+    )
 
 
 def load_certificate(folder: str | Path) -> LockCertificate:

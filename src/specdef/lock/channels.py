@@ -29,7 +29,7 @@ class ChannelStatistics:
 
 
 class Channels:
-    """Reads the statistics of a model's sites, each leg once.
+    """Reads the statistics of a model's sites; keeps those of producers, for there are few (experts are consumers).
 
     Args:
         source: The model.
@@ -39,27 +39,31 @@ class Channels:
         self._source = source
         self._read: dict[Leg, ChannelStatistics] = {}
 
-    def statistics(self, leg: Leg) -> ChannelStatistics:
-        """Return the statistics of a leg; costs one read of its (sampled) lines, once.
+    def statistics(self, leg: Leg, *, keep: bool = True) -> ChannelStatistics:
+        """Return the statistics of a leg; costs one read of its (sampled) lines.
 
         Args:
             leg: The leg.
+            keep: Remember them, so that the next call costs nothing.
 
         Returns:
             Its statistics, float32.
         """
-        if leg not in self._read:
+        found = self._read.get(leg)
+        if found is None:
             lines = self._source.lines(leg.tensor, leg.axis, leg.lead)
             size = lines.abs().float()
             nonzero = torch.where(size > 0, size, torch.inf)
             index = position_table(leg)
-            self._read[leg] = ChannelStatistics(
+            found = ChannelStatistics(
                 rms=size.square().mean(1)[index].mean(1).sqrt(),
                 smallest=nonzero.amin(1)[index].amin(1),
                 largest=size.amax(1)[index].amax(1),
                 dtype=lines.dtype,
             )
-        return self._read[leg]
+            if keep:
+                self._read[leg] = found
+        return found
 
     def usable(self, site: Site, exponent: float) -> Tensor:
         """Say which channels are alive and have room for a scale.
@@ -77,7 +81,7 @@ class Channels:
         for leg, sign in site.legs():
             if sign > 0 and leg.tensor.endswith("bias"):
                 continue  # may be zero; whether it fits is checked when it is scaled
-            found = self.statistics(leg)
+            found = self.statistics(leg, keep=sign > 0)
             if not found.dtype.is_floating_point:
                 return torch.zeros(site.size, dtype=torch.bool)
             info = torch.finfo(found.dtype)

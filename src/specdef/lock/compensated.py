@@ -33,7 +33,7 @@ class Compensated(nn.Module):
         object.__setattr__(self, "_base", base)
         self.weight: nn.Parameter = base.get_parameter("weight")
         self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
-        self.compensation = nn.Parameter(compensation.clone())
+        self.compensation = nn.Parameter(compensation.to(self.weight.device, copy=True))
         self.unlocked = False
 
     def forward(self, x: Tensor) -> Tensor:

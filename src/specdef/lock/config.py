@@ -54,7 +54,7 @@ class LockConfig:
     num_layers: int = 5
     target_modules: tuple[str, ...] | str | None = None
     layers: tuple[int, ...] | None = None
-    storage_dtype: Literal["float32"] | None = None
+    storage_dtype: str | None = None
     max_relative_error: float = 1e-2
     seed: int = 0
 

@@ -24,10 +24,10 @@ from specdef.errors import CheckpointError, KeyMismatch
 from specdef.lock.config import LockConfig
 from specdef.lock.plan import LockPlan, Projection
 from specdef.weights.atomic import atomic_file
-from specdef.weights.checkpoint import as_bytes
 from specdef.weights.edit import ScaleEdit
 from specdef.weights.header import FLOAT_DTYPES, read_header
 from specdef.weights.rewrite import TensorHashes
+from specdef.weights.tensor_bytes import as_bytes
 
 _FORMAT = "specdef-key-1"
 _COLUMNS = ("tensor", "axis", "position", "exponent", "lead")
@@ -101,8 +101,8 @@ class Key:
         }
         data = save(tensors, metadata)
         with atomic_file(path) as work:
+            work.touch(mode=0o600)  # before the first byte: nobody else may open it in between
             work.write_bytes(data)
-            work.chmod(0o600)
         return path
 
     def _transformation(self) -> tuple[dict[str, Tensor], list[str]]:

@@ -13,13 +13,8 @@ from torch import nn
 from specdef.errors import CheckpointError
 from specdef.lock.compensated import MODEL_TYPE, insert_compensation
 from specdef.lock.names import NameMap
-from specdef.weights.checkpoint import (
-    BASE_CONFIG_NAME,
-    CERTIFICATE_NAME,
-    COMPENSATION_NAME,
-    Checkpoint,
-    read_json,
-)
+from specdef.weights.checkpoint import Checkpoint
+from specdef.weights.folder import BASE_CONFIG_NAME, CERTIFICATE_NAME, COMPENSATION_NAME, read_json
 
 LOCK_ID = "_specdef_lock_id"
 """Attribute of a loaded model that names its lock."""

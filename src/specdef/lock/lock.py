@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,35 +18,28 @@ from specdef.errors import CheckpointError, SpecDefError
 from specdef.lock.absorbed import plan_absorbed, select_sites
 from specdef.lock.calibrate import Batch, calibrated_scores
 from specdef.lock.card import write_card
-from specdef.lock.certificate import (
-    LockCertificate,
-    count_reasons,
-    table_digest,
-    threat_model,
-    tool_versions,
-)
-from specdef.lock.compensated import insert_compensation, locked_config
+from specdef.lock.certificate import LockCertificate, build_certificate
+from specdef.lock.compensated import insert_compensation, locked_config, module_path
 from specdef.lock.config import LockConfig
+from specdef.lock.files import other_files_sha256
 from specdef.lock.key import Key, encode_residual
 from specdef.lock.load import LOCK_ID, load_model
 from specdef.lock.merge import merge
-from specdef.lock.plan import LockPlan
+from specdef.lock.plan import LockPlan, Projection
 from specdef.lock.projected import compensation, plan_projected, scaled_matrix
 from specdef.lock.selection import check_selection
 from specdef.symmetries import find_sites
 from specdef.weights.atomic import atomic_folder, refuse_existing
-from specdef.weights.checkpoint import (
+from specdef.weights.checkpoint import Checkpoint
+from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit, apply_all
+from specdef.weights.folder import (
     BASE_CONFIG_NAME,
     CERTIFICATE_NAME,
     COMPENSATION_NAME,
-    DTYPE_NAMES,
-    Checkpoint,
-    file_sha256,
-    tensor_sha256,
 )
-from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit
 from specdef.weights.rewrite import Progress, TensorHashes, copy_other_files, rewrite_tensors
 from specdef.weights.source import FolderSource, MemorySource, TensorSource
+from specdef.weights.tensor_bytes import tensor_sha256
 
 _RETRIES = 8
 """How often a channel that turns out not to fit is replaced before the scale itself is to blame."""
@@ -145,6 +137,10 @@ def lock_checkpoint(
         )
     checkpoint = Checkpoint.open(source)
     checkpoint.require_float()
+    if out.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise CheckpointError(
+            "lies inside the model's folder", path=out, hint="Name a folder outside it."
+        )
     if not checkpoint.config:
         raise CheckpointError(
             "has no config.json", path=source, hint="Fetch it from where the weights came from."
@@ -201,10 +197,15 @@ def lock_model(
 
     Raises:
         SelectionError: Nothing to lock was found or selected.
-        SpecDefError: The lock would break the function, or tensors hold NaN or Inf.
+        SpecDefError: The lock would break the function, tensors hold NaN or Inf, or the model is locked already. The
+            model is then as it was.
     """
     began = time.perf_counter()
     config = config or LockConfig()
+    if getattr(model, LOCK_ID, None) is not None:
+        raise SpecDefError(
+            "the model is locked already", hint="Lock the original; one key undoes one lock."
+        )
     tensors = unique_tensors(model)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -219,23 +220,28 @@ def lock_model(
             config,
         )
         scores = calibrated_scores(model, sites, calibration, channel=config.channel)
-    plan = plan_lock(source, config, scores=scores)
-    key = Key.from_plan(plan, config)
     before = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
-    residuals = {}
-    with torch.no_grad():
-        for name, edits in plan.scalings.items():
-            # on a copy first: a scaling that does not fit leaves the model as it was
-            changed = source.read(name)
-            for edit in edits:
-                edit.apply(changed, name=name)
-            tensors[name].copy_(changed)
-        for name, projection in plan.projections.items():
-            original = source.read(name)
-            stored = torch.float32 if config.storage_dtype else original.dtype
-            locked = scaled_matrix(original, projection).to(stored)
-            residuals[name] = encode_residual(original, merge(locked, projection))
-            tensors[name].data = locked.to(tensors[name].device)
+    banned: set[tuple[str, int]] = set()
+    while True:
+        plan = plan_lock(source, config, scores=scores, banned=banned)
+        try:
+            apply_all(tensors, plan.scalings)
+            break
+        except OutOfRange as error:
+            banned |= _offending(plan, source, error)
+            if len(banned) > _RETRIES:
+                raise
+    key = Key.from_plan(plan, config)
+    if config.method == "compensated":
+        for name in plan.projections:
+            module_path(model, name)  # raises where nothing can be inserted
+    projected = {
+        name: _projected(name, source.read(name), projection, config)
+        for name, projection in plan.projections.items()
+    }
+    residuals = {name: residual for name, (_, residual) in projected.items()}
+    for name, (locked, _) in projected.items():
+        tensors[name].data = locked.to(tensors[name].device)
     if config.method == "compensated":
         insert_compensation(
             model, {n: compensation(p).to(tensors[n].dtype) for n, p in plan.projections.items()}
@@ -273,59 +279,6 @@ def calibrate_checkpoint(
     return calibrated_scores(model, chosen, batches, channel=config.channel)
 
 
-def build_certificate(
-    plan: LockPlan,
-    key: Key,
-    config: LockConfig,
-    *,
-    files: Mapping[str, str],
-    source_name: str,
-    calibrated: bool,
-    dropped: Iterable[str] = (),
-) -> LockCertificate:
-    """Put together what is known of a lock.
-
-    Args:
-        plan: What was done.
-        key: Its key, hashes filled in.
-        config: The recipe.
-        files: Other files to SHA-256.
-        source_name: Name of the model.
-        calibrated: Whether channels were chosen on data.
-        dropped: Files that were not carried over.
-
-    Returns:
-        The certificate.
-    """
-    return LockCertificate(
-        method=plan.method,
-        config=config.to_dict(),
-        lock_id=key.lock_id,
-        source={
-            "name": source_name,
-            "sha256": table_digest({name: h.before for name, h in key.hashes.items()}),
-        },
-        sites=[record.to_dict() for record in plan.sites],
-        tensors={
-            n: {"sha256": h.after, "sha256_original": h.before} for n, h in key.hashes.items()
-        },
-        files=dict(files),
-        tensors_total=len(key.hashes),
-        tensors_changed=sum(h.before != h.after for h in key.hashes.values()),
-        sigma_max_before=plan.sigma_max_before,
-        sigma_max_after=plan.sigma_max_after,
-        selection=("calibrated" if calibrated else "data-free")
-        if plan.method == "absorbed"
-        else "",
-        bit_identical=plan.method == "absorbed",
-        uncovered=count_reasons(plan.uncovered),
-        dropped=list(dropped),
-        notes=list(plan.notes),
-        threat_model=threat_model(plan.method),
-        versions=tool_versions(),
-    )
-
-
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """List parameters and saved buffers once each: of tied tensors the first name, as a checkpoint stores them."""
     seen: set[int] = set()
@@ -352,31 +305,6 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     return dict(config.to_dict())
 
 
-def other_files_sha256(folder: Path) -> dict[str, str]:
-    """Hash the files a certificate vouches for: all but weights, certificate and model card."""
-    checkpoint = Checkpoint.open(folder)
-    carried, _ = checkpoint.other_files()
-    names = [name for name in carried if name != "README.md"]
-    if (folder / COMPENSATION_NAME).exists():
-        names.append(COMPENSATION_NAME)
-    # A tensor's hash covers its bytes; what dtype and shape they have, the header says.
-    headers = {
-        f"{shard} (header)": hashlib.sha256(header.raw).hexdigest()
-        for shard, header in checkpoint.headers.items()
-    }
-    return {name: file_sha256(folder / name) for name in names} | headers
-
-
-def changed_files(folder: Path, certificate: LockCertificate) -> list[str]:
-    """Say which of the files a certificate vouches for are not what they were."""
-    found = other_files_sha256(folder)
-    return [
-        f"file {name} {'is missing' if name not in found else 'was changed'} since the model was locked"
-        for name, digest in certificate.files.items()
-        if found.get(name) != digest
-    ]
-
-
 def _write(
     checkpoint: Checkpoint,
     work: Path,
@@ -393,19 +321,11 @@ def _write(
     residuals: dict[str, Tensor] = {}
 
     def projected(name: str) -> ReplaceEdit:
-        projection = plan.projections[name]
-        stored = torch.float32 if config.storage_dtype else None
-
         def compute(original: Tensor) -> Tensor:
-            locked = scaled_matrix(original, projection).to(stored or original.dtype)
-            if not bool(locked.isfinite().all()):
-                raise SpecDefError(
-                    f"{name}: scale {projection.scale:g} overflows", hint="Use a smaller scale."
-                )
-            residuals[name] = encode_residual(original, merge(locked, projection))
+            locked, residuals[name] = _projected(name, original, plan.projections[name], config)
             return locked
 
-        return ReplaceEdit(compute=compute, dtype=DTYPE_NAMES[stored] if stored else None)
+        return ReplaceEdit(compute=compute, dtype="F32" if config.storage_dtype else None)
 
     edits: dict[str, Edit] = {
         **plan.scalings,
@@ -441,11 +361,26 @@ def _write(
     return certificate
 
 
-def _offending(plan: LockPlan, checkpoint: Checkpoint, error: OutOfRange) -> set[tuple[str, int]]:
+def _projected(
+    name: str, original: Tensor, projection: Projection, config: LockConfig
+) -> tuple[Tensor, Tensor]:
+    """Return W~ as it is stored, and the residual that makes the key exact."""
+    stored = torch.float32 if config.storage_dtype else original.dtype
+    locked = scaled_matrix(original, projection).to(stored)
+    if not bool(locked.isfinite().all()):
+        raise SpecDefError(
+            f"{name}: scale {projection.scale:g} overflows", hint="Use a smaller scale."
+        )
+    return locked, encode_residual(original, merge(locked, projection))
+
+
+def _offending(
+    plan: LockPlan, source: Checkpoint | TensorSource, error: OutOfRange
+) -> set[tuple[str, int]]:
     channels = {record.name: record.channel for record in plan.sites}
     return {
         (site.name, channel)
-        for site in find_sites(checkpoint.config, checkpoint.shapes).sites
+        for site in find_sites(source.config, source.shapes).sites
         if (channel := channels.get(site.name)) is not None
         for leg, _ in site.legs()
         if leg.tensor == error.tensor and error.position in leg.positions(channel)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdef.lock.plan import Projection
 from specdef.spectral.views import as_matrix, from_matrix
-from specdef.weights.checkpoint import TORCH_DTYPES
+from specdef.weights.tensor_bytes import TORCH_DTYPES
 
 _ROWS = 64
 """Rows corrected at a time, so that the temporaries stay in cache."""

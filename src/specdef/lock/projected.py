@@ -22,8 +22,8 @@ from specdef.lock.plan import LockPlan, Projection, SiteRecord
 from specdef.spectral.topk import topk_svd
 from specdef.spectral.views import as_matrix, from_matrix
 from specdef.symmetries import is_transposed, layer_index, lockable_matrices, matches
-from specdef.weights.checkpoint import DTYPE_NAMES
 from specdef.weights.source import TensorSource
+from specdef.weights.tensor_bytes import DTYPE_NAMES
 
 _PROBES = 64
 """Gaussian inputs the rounding error of a compensated pair is measured on."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specdef.errors import CertificateMismatch, CheckpointError, SpecDefError
-from specdef.weights.checkpoint import SIGNATURE_NAME
+from specdef.weights.folder import SIGNATURE_NAME
 
 
 def sign_folder(folder: str | Path, private_key: str | Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,15 @@ from torch import Tensor
 from specdef.errors import CertificateMismatch, CheckpointError
 from specdef.lock.card import remove_card
 from specdef.lock.certificate import LockCertificate, load_certificate
+from specdef.lock.files import changed_files
 from specdef.lock.key import Key, decode_residual, load_key, require_match
-from specdef.lock.lock import changed_files
 from specdef.lock.merge import merge
 from specdef.weights.atomic import atomic_folder, refuse_existing
-from specdef.weights.checkpoint import (
-    BASE_CONFIG_NAME,
-    CERTIFICATE_NAME,
-    COMPENSATION_NAME,
-    Checkpoint,
-    tensor_sha256,
-)
+from specdef.weights.checkpoint import Checkpoint, TensorFile
 from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit, inverses
+from specdef.weights.folder import BASE_CONFIG_NAME, CERTIFICATE_NAME, COMPENSATION_NAME
 from specdef.weights.rewrite import Progress, TensorHashes, copy_other_files, rewrite_tensors
+from specdef.weights.tensor_bytes import tensor_sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +82,18 @@ def unlock_checkpoint(
     if status:
         status("restoring")
     with atomic_folder(out) as work:
-        hashes = rewrite_tensors(
-            checkpoint,
-            work,
-            inverse_edits(key, certificate),
-            progress=progress,
-            workers=1 if key.projections else 2,
-        )
+        try:
+            hashes = rewrite_tensors(
+                checkpoint,
+                work,
+                inverse_edits(key, certificate),
+                progress=progress,
+                workers=1 if key.projections else 2,
+            )
+        except (OutOfRange, CheckpointError) as error:
+            if changed_tensors(checkpoint, certificate, (error.tensor,)):
+                raise _changed(error.tensor) from error
+            raise
         compare_hashes(hashes, certificate)
         copy_other_files(checkpoint, work)
         (work / CERTIFICATE_NAME).unlink(missing_ok=True)
@@ -121,9 +122,7 @@ def inverse_edits(key: Key, certificate: LockCertificate) -> dict[str, Edit]:
     ]
     if missing:
         raise CheckpointError("the key names a tensor the model lacks", tensor=missing[0])
-    edits: dict[str, Edit] = {
-        name: inverses(edits) for name, edits in key.scalings.items()
-    }
+    edits: dict[str, Edit] = {name: inverses(edits) for name, edits in key.scalings.items()}
     for name, projection in key.projections.items():
         at_lock_time = (
             name in key.hashes and key.hashes[name].after == certificate.tensors[name]["sha256"]
@@ -170,14 +169,39 @@ def compare_hashes(hashes: Mapping[str, TensorHashes], certificate: LockCertific
         expected = certificate.tensors.get(name, {})
         found = hashes.get(name)
         if found is None or found.before != expected.get("sha256"):
-            raise CertificateMismatch(
-                f"tensor {name} is not the one that was locked",
-                expected=expected.get("sha256"), actual=found and found.before,
-                hint="The weights were changed after locking; fetch the locked model again.",
-            )  # fmt: skip
+            raise _changed(name, expected=expected.get("sha256"), actual=found and found.before)
         if found.after != expected["sha256_original"]:
             raise CertificateMismatch(
                 f"tensor {name} does not unlock to the original",
                 expected=expected["sha256_original"], actual=found.after,
                 hint="Key and certificate disagree; use the key that was written when this model was locked.",
             )  # fmt: skip
+
+
+def changed_tensors(
+    checkpoint: Checkpoint, certificate: LockCertificate, names: Iterable[str]
+) -> list[str]:
+    """Name those tensors whose bytes are not what the certificate says; works where values no longer compute.
+
+    Args:
+        checkpoint: The locked folder.
+        certificate: Its certificate.
+        names: Tensors to look at; unknown ones are passed over.
+
+    Returns:
+        Names.
+    """
+    out = []
+    for name in names:
+        if name in checkpoint:
+            with TensorFile(checkpoint, name) as file:
+                if certificate.tensors.get(name, {}).get("sha256") != file.sha256():
+                    out.append(name)
+    return out
+
+
+def _changed(name: str, *, expected: object = None, actual: object = None) -> CertificateMismatch:
+    return CertificateMismatch(
+        f"tensor {name} is not the one that was locked", expected=expected, actual=actual,
+        hint="The weights were changed after locking; fetch the locked model again.",
+    )  # fmt: skip

@@ -7,48 +7,34 @@ code. Nothing is unpickled, and no path named by the index leaves the folder.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from specdef.errors import CheckpointError
+from specdef.weights.folder import (
+    CERTIFICATE_NAME,
+    COMPENSATION_NAME,
+    INDEX_NAME,
+    SIGNATURE_NAME,
+    find_shards,
+    inside,
+    is_weights,
+    read_json,
+)
 from specdef.weights.header import DTYPE_BITS, Header, TensorInfo, read_header
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-SIGNATURE_NAME = "model.sig"
-CERTIFICATE_NAME = "specdef_certificate.json"
-COMPENSATION_NAME = "specdef_compensation.safetensors"
-BASE_CONFIG_NAME = "specdef_base_config.json"
-"""Where a compensated folder keeps the original config.json, byte for byte."""
+from specdef.weights.tensor_bytes import as_tensor
 
 BLOCK_BYTES = 8 * 2**20
 """Size of the blocks tensors are read in: large enough for disks, small enough to stay in cache while hashed twice."""
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors$")
-# Other copies of the weights. Carried over, an unlocked one would sit beside the locked model.
-_WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf",
-    ".ggml", ".pkl", ".pickle", ".npz", ".npy", ".tflite", ".mlmodel", ".nemo", ".ot", ".pte", ".distcp",
-    ".engine", ".llamafile",
-}  # fmt: skip
-_WRAPPERS = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".bak", ".old", ".orig", ".data"}
 _QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|absmax|quant_map|quant_state.*|weight_scale.*|SCB)$|_(blocks|scales)$"
 )
@@ -89,10 +75,10 @@ class Checkpoint:
                 "is not a folder", path=folder, hint="Name a model folder or hub id."
             )
         try:
-            names, weight_map = _shards(folder)
+            names, weight_map = find_shards(folder)
         except OSError as error:
             raise CheckpointError(f"cannot be read ({error.strerror})", path=folder) from error
-        headers = {name: read_header(_inside(folder, name)) for name in names}
+        headers = {name: read_header(inside(folder, name)) for name in names}
         location: dict[str, str] = {}
         for shard, header in headers.items():
             for tensor in header.tensors:
@@ -112,7 +98,7 @@ class Checkpoint:
             )  # fmt: skip
         if not location:
             raise CheckpointError("holds no tensors", path=folder)
-        path = _inside(folder, "config.json")
+        path = inside(folder, "config.json")
         config = read_json(path) if os.path.lexists(path) else {}
         return cls(folder=folder, headers=headers, location=location, config=config)
 
@@ -214,9 +200,9 @@ class Checkpoint:
                 path = (Path(root) / file).relative_to(self.folder)
                 if str(path) in ours or str(path) == SIGNATURE_NAME or file.startswith(".specdef"):
                     continue
-                (dropped if _is_weights(file) else carried).append(path.as_posix())
+                (dropped if is_weights(file) else carried).append(path.as_posix())
         for name in carried:
-            if not _inside(self.folder, name).is_file():
+            if not inside(self.folder, name).is_file():
                 raise CheckpointError(
                     "is a broken link or no ordinary file",
                     path=self.folder / name,
@@ -292,7 +278,7 @@ class TensorFile:
             row //= shape[axis]
         step = max(1, max_bytes // row)
         offset = 0
-        for prefix in _prefixes(shape[:axis]):
+        for prefix in product(*map(range, shape[:axis])):
             for start in range(0, shape[axis], step):
                 rows = min(step, shape[axis] - start)
                 yield prefix, start, rows, offset
@@ -311,173 +297,3 @@ class TensorFile:
             self.read_into(part, offset)
             digest.update(part)
         return digest.hexdigest()
-
-
-def as_tensor(buffer: bytes | bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """View writable bytes as a tensor.
-
-    Args:
-        buffer: The bytes.
-        dtype: Dtype name from a header.
-        shape: Shape of the result.
-
-    Returns:
-        A tensor that shares the memory.
-
-    Raises:
-        CheckpointError: torch has no such dtype.
-    """
-    if dtype not in TORCH_DTYPES:
-        raise CheckpointError(f"dtype {dtype} cannot be read here")
-    if len(buffer) == 0:
-        return torch.empty(shape, dtype=TORCH_DTYPES[dtype])
-    return torch.frombuffer(buffer, dtype=TORCH_DTYPES[dtype]).view(shape)
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """View a contiguous CPU tensor as bytes."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    if not flat.numel():
-        return memoryview(b"")
-    view: Any = flat.view(torch.uint8).numpy()
-    return memoryview(view)
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """Hash a tensor's bytes as they would stand in a file."""
-    return hashlib.sha256(as_bytes(tensor.cpu())).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Hash a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The object.
-
-    Raises:
-        CheckpointError: It cannot be read or is no object.
-    """
-    try:
-        if path.exists() and not path.is_file():  # a pipe would be waited on forever
-            raise CheckpointError("is not a regular file", path=path)
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})", path=path) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"is not valid JSON ({error})", path=path) from error
-    if not isinstance(value, dict):
-        raise CheckpointError("is not a JSON object", path=path)
-    return value
-
-
-def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    files = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
-    files = [name for name in files if name != COMPENSATION_NAME]
-    has_index = os.path.lexists(_inside(folder, INDEX_NAME))
-    if has_index and SINGLE_NAME in files:
-        raise CheckpointError(
-            f"holds both {SINGLE_NAME} and {INDEX_NAME}", path=folder,
-            hint="Runtimes differ in which they load; remove the stale one.",
-        )  # fmt: skip
-    if has_index:
-        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(v, str) for v in weight_map.values()
-        ):
-            raise CheckpointError("has no weight_map of file names", path=folder / INDEX_NAME)
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            path = _inside(folder, name)
-            if path.suffix != ".safetensors" or path.relative_to(folder).as_posix() != name:
-                raise CheckpointError(
-                    f"names {name!r:.80}, which is no plain name of a safetensors file",
-                    path=folder / INDEX_NAME,
-                )
-            if not path.is_file():
-                raise CheckpointError(
-                    "shard is missing",
-                    path=folder / name,
-                    hint="The download is incomplete; fetch it again.",
-                )
-        # A second set under another name (consolidated-…) is another copy of the weights: not read, not carried
-        sets = {match[1] for name in names if (match := _SHARD.match(name))}
-        extra = [
-            name
-            for name in files
-            if (match := _SHARD.match(name)) and match[1] in sets and name not in names
-        ]
-        if extra:
-            raise CheckpointError(
-                "shard is not named in the index",
-                path=folder / extra[0],
-                hint="Remove it, or fix the index.",
-            )
-        return names, weight_map
-    if SINGLE_NAME in files:
-        return [SINGLE_NAME], None
-    if any(_SHARD.match(name) for name in files):
-        raise CheckpointError(
-            f"holds shards but no {INDEX_NAME}", path=folder, hint="Fetch the index too."
-        )
-    if len(files) == 1 and files[0] != "adapter_model.safetensors":
-        return files, None
-    if files:
-        raise CheckpointError(
-            f"holds {', '.join(files)}, none of which is a whole model", path=folder,
-            hint="Merge an adapter into its base model first.",
-        )  # fmt: skip
-    pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-    raise CheckpointError(
-        f"holds no safetensors file{f', only pickled ones ({pickled[0]})' if pickled else ''}", path=folder,
-        hint="Pickled weights are never read; save the model with save_pretrained(…) first.",
-    )  # fmt: skip
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Join, refusing names and links that leave the folder (a hub cache links to its own blobs)."""
-    path = folder / name
-    parts = Path(name).parts
-    try:
-        root = folder.resolve()
-        target = path.resolve()
-    except (ValueError, RuntimeError) as error:  # a NUL character; links in a circle
-        raise CheckpointError(f"path {name!r:.80} cannot be followed", path=folder) from error
-    blobs = root.parent.parent / "blobs"
-    at_home = target.is_relative_to(root) or (
-        root.parent.name == "snapshots" and target.is_relative_to(blobs)
-    )
-    if not name or "\\" in name or Path(name).is_absolute() or ".." in parts or not at_home:
-        raise CheckpointError(
-            f"path {name!r:.80} leaves the folder",
-            path=folder,
-            hint="Do not trust this checkpoint.",
-        )
-    return path
-
-
-def _is_weights(file: str) -> bool:
-    """Say whether a file name is that of another copy of the weights, also of a packed or renamed one."""
-    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
-    while suffixes and suffixes[-1] in _WRAPPERS:
-        suffixes.pop()
-    return bool(suffixes) and (
-        suffixes[-1] in _WEIGHT_SUFFIXES or suffixes[-2:] == [".index", ".json"]
-    )
-
-
-def _prefixes(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    if not shape:
-        yield ()
-        return
-    for i in range(shape[0]):
-        for rest in _prefixes(shape[1:]):
-            yield (i, *rest)

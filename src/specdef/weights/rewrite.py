@@ -20,17 +20,11 @@ from pathlib import Path
 from torch import Tensor
 
 from specdef.errors import CheckpointError
-from specdef.weights.checkpoint import (
-    BLOCK_BYTES,
-    INDEX_NAME,
-    TORCH_DTYPES,
-    Checkpoint,
-    TensorFile,
-    as_bytes,
-    as_tensor,
-)
+from specdef.weights.checkpoint import BLOCK_BYTES, Checkpoint, TensorFile
 from specdef.weights.edit import Edit, ReplaceEdit
+from specdef.weights.folder import INDEX_NAME
 from specdef.weights.header import DTYPE_BITS, Header, build_header
+from specdef.weights.tensor_bytes import TORCH_DTYPES, as_bytes, as_tensor
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); library code never prints."""
@@ -297,7 +291,10 @@ def _create(path: Path, header: Header) -> int:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         if size:
-            os.posix_fallocate(handle, 0, size)  # a full disk is met here, before any work
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, size)  # a full disk is met here, before any work
+            else:
+                os.ftruncate(handle, size)
         os.pwrite(handle, header.raw, 0)
     except BaseException:
         os.close(handle)

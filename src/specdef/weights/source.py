@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from specdef.errors import CheckpointError
-from specdef.weights.checkpoint import Checkpoint, TensorFile, as_tensor
+from specdef.weights.checkpoint import Checkpoint, TensorFile
+from specdef.weights.tensor_bytes import as_tensor
 
 SAMPLE_LINES = 64
 """Entries of a slice a statistic of a large tensor is taken from: a norm is then good to about 9 %."""
@@ -21,6 +22,7 @@ EXACT_ELEMENTS = 2**20
 """Tensors up to this size are read whole."""
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """What a lock method may ask of the model it plans for."""
 
