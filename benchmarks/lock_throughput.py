@@ -26,10 +26,11 @@ import torch
 from safetensors.torch import save_file
 
 LOCK = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch, specdef, specdef.lock.lock
 torch.set_num_threads(int(sys.argv[3]))
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # the high-water mark of this process; ru_maxrss would count the parent's, inherited at the fork
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 base, began = peak(), time.perf_counter()
 c = specdef.lock_checkpoint(sys.argv[1], sys.argv[2])
 print(json.dumps({"seconds": time.perf_counter() - began, "mib": peak() - base, "base_mib": base,

@@ -63,8 +63,10 @@ MAX_LINES = 300
 MAX_LINES_WITH_A_REASON = 420
 LONG = {
     "symmetries/find.py": "one walk over a checkpoint's names, with every refusal where it is noticed",
+    "weights/rewrite.py": "one stream from source to output, with the checks at each step",
     "lock/lock.py": "the order plan, rewrite, key, certificate, on disk and in memory",
     "lock/verify.py": "every statement of a certificate, checked in the order it is cheap to",
+    "cli/lock.py": "as many options as the recipe has fields, each with its help",
     "experiments/demo.py": "a script read from top to bottom",
 }
 

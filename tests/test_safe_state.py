@@ -35,10 +35,16 @@ def same(first, second):
 def test_a_lock_in_memory_that_does_not_fit_changes_nothing():
     model = tiny_model("llama")
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[3] = 1e-25  # room for 2^30, not for 2^70
+        for (
+            layer
+        ) in model.model.layers:  # room for 2^8 and 2^30, not for 2^70, in no channel of any site
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight[3] = 1e-25
+                    module.weight[:, 3] = 1e-25
     before = state(model)
-    with pytest.raises(OutOfRange):
-        specdef.lock_model(model, specdef.LockConfig(scale=2.0**70))
+    with pytest.raises(SpecDefError):
+        specdef.lock_model(model, specdef.LockConfig(scale=2.0**70, schedule="uniform"))
     assert same(state(model), before)
 
 

@@ -128,7 +128,7 @@ def lock(
     recipe = LockConfig(
         method=method.value, scale=scale, min_scale=min_scale, schedule=schedule.value, power=power,
         channel=channel.value, k=k, num_layers=num_layers, target_modules=parse_modules(target_modules),
-        layers=parse_layers(layers), storage_dtype=storage_dtype,  # type: ignore[arg-type]
+        layers=parse_layers(layers), storage_dtype=storage_dtype,
         max_relative_error=max_relative_error, seed=seed,
     )  # fmt: skip
     from specdef.lock.lock import lock_checkpoint

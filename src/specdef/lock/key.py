@@ -83,12 +83,7 @@ class Key:
             CheckpointError: It cannot be written, or another lock's key stands there.
         """
         path = Path(path)
-        if path.exists() and load_key(path).lock_id != self.lock_id:
-            raise CheckpointError(
-                "is the key of another lock",
-                path=path,
-                hint="Name another --key; a lost key is a lost original.",
-            )
+        self.require_place(path)
         tensors, names = self._transformation()
         tensors |= {f"residual.{name}": value for name, value in self.residuals.items()}
         metadata = {
@@ -104,6 +99,27 @@ class Key:
             work.touch(mode=0o600)  # before the first byte: nobody else may open it in between
             work.write_bytes(data)
         return path
+
+    def require_place(self, path: Path) -> None:
+        """Refuse to write over another lock's key, or over a file that is none.
+
+        Args:
+            path: Where the key is to go.
+
+        Raises:
+            CheckpointError: Something else stands there.
+        """
+        hint = "Name another --key; a lost key is a lost original."
+        if path.is_dir():
+            raise CheckpointError("is a folder", path=path, hint=hint)
+        if not path.exists():
+            return
+        try:
+            own = load_key(path).lock_id == self.lock_id
+        except CheckpointError as error:
+            raise CheckpointError("exists and is not a key", path=path, hint=hint) from error
+        if not own:
+            raise CheckpointError("is the key of another lock", path=path, hint=hint)
 
     def _transformation(self) -> tuple[dict[str, Tensor], list[str]]:
         if self.projections:

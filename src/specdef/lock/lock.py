@@ -158,6 +158,7 @@ def lock_checkpoint(
     had_key = key_path.exists()
     while True:
         plan = plan_lock(checkpoint, config, scores=scores, banned=banned, status=status)
+        Key.from_plan(plan, config).require_place(key_path)  # before the work, not after it
         try:
             with atomic_folder(out) as work:
                 certificate = _write(
