@@ -99,7 +99,7 @@ def inspect_tensors(
         progress: Called with (bytes done, bytes in all).
 
     Returns:
-        One record per tensor: name, shape, dtype, role; with spectra also sigma_max, sigma_min, stable_rank, condition,
+        One record per tensor: name, shape, dtype, role, selected; with spectra also sigma_max, sigma_min, stable_rank, condition,
         residual and method where they exist, or the problem that a matrix or vector holds NaN or Inf. Stacked experts and
         quantised tensors are described without.
     """
@@ -109,13 +109,13 @@ def inspect_tensors(
 
     rows, done = [], 0
     for name, info in checkpoint.infos.items():
-        row: dict[str, Any] = {
-            "name": name, "shape": list(info.shape), "dtype": info.dtype,
-            "role": role(name, info.shape, checkpoint.config.get("model_type")),
-        }  # fmt: skip
         wanted = (modules is None or matches(name, modules)) and (
             layers is None or layer_index(name) in layers
         )
+        row: dict[str, Any] = {
+            "name": name, "shape": list(info.shape), "dtype": info.dtype,
+            "role": role(name, info.shape, checkpoint.config.get("model_type")), "selected": wanted,
+        }  # fmt: skip
         if spectra and wanted and info.is_float and info.nbytes and len(info.shape) in (2, 4):
             matrix = as_matrix(
                 checkpoint.read(name), transposed=is_transposed(name, checkpoint.config)
@@ -196,16 +196,18 @@ def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(stderr=True, width=None if Console(stderr=True).is_terminal else 140)
+    console = Console(stderr=True, width=None if Console(stderr=True).is_terminal else 180)
     table = Table(
         title=f"{report['model']} ({report['model_type']}, {human_bytes(report['bytes'])})"
     )
     for column in ("tensor", "shape", "dtype", "role"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=column == "tensor", overflow="fold")
     for column in ("sigma_max", "stable rank", "condition", "residual"):
         table.add_column(column, justify="right")
     table.add_column("how")
     for row in report["tensors"]:
+        if not row["selected"]:
+            continue
         table.add_row(
             row["name"], "x".join(map(str, row["shape"])), row["dtype"], row["role"], _number(row.get("sigma_max")),
             _number(row.get("stable_rank")), _number(row.get("condition")), _number(row.get("residual")),

@@ -28,8 +28,8 @@ _FORMAT = "specdef-certificate-1"
 
 THREAT_MODEL = (
     "This lock is meant to make ordinary fine-tuning ill-conditioned, so that it converges slowly or not at all. It is not "
-    "encryption. An attacker who knows the method can undo it: {undo}. It also does not stop distillation of the outputs into a fresh model. Measured strength, attack by "
-    "attack, is the audit's business (`specdef audit`), not this certificate's."
+    "encryption. An attacker who knows the method can undo it: {undo}. It also does not stop distillation of the outputs into a fresh model. How strong it is "
+    "against which attack has to be measured; this certificate does not say."
 )
 UNDO = {
     "absorbed": "re-balancing each symmetric pair of tensors takes seconds and no data, and training with a learning "
