@@ -2,7 +2,7 @@
 #
 # torch is installed first and exactly: a plain or ranged `torch` takes the newest build, on Linux with several
 # gigabytes of CUDA libraries. To choose another build of the same release:
-#     make test TORCH="torch==2.13.0 --index-url URL"
+#     make test TORCH="torch==2.13.0 OPTIONS-OF-PIP"
 
 PYTHON      ?= python3
 VENV        ?= .venv

@@ -193,21 +193,10 @@ def _calibration(choice: str | None, folder: Path, seed: int) -> Any:
 
 
 def _dry_run(folder: Path, out: Path, recipe: LockConfig, batches: Any, *, as_json: bool) -> None:
-    from specdef.errors import CheckpointError
     from specdef.lock.certificate import count_reasons
-    from specdef.lock.lock import calibrate_checkpoint, plan_lock
-    from specdef.weights.atomic import refuse_existing
-    from specdef.weights.checkpoint import Checkpoint
-    from specdef.weights.folder import CERTIFICATE_NAME
+    from specdef.lock.lock import calibrate_checkpoint, open_lockable, plan_lock
 
-    # what a real run refuses, a dry run refuses too
-    refuse_existing(out)
-    checkpoint = Checkpoint.open(folder)
-    checkpoint.require_float()
-    if (checkpoint.folder / CERTIFICATE_NAME).exists():
-        raise CheckpointError(
-            "is locked already", path=folder, hint="Unlock it first, or lock the original."
-        )
+    checkpoint = open_lockable(folder, out)  # what a real run refuses, a dry run refuses too
     scores = calibrate_checkpoint(checkpoint, batches, recipe) if batches is not None else None
     plan = plan_lock(checkpoint, recipe, scores=scores)
     _, dropped = checkpoint.other_files()

@@ -9,7 +9,7 @@ take the one this column allows. Trained at learning rate lr, the site behaves a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,8 +57,7 @@ def plan_absorbed(
         SelectionError: No table for the family, nothing selected, or no channel of a site has room.
     """
     symmetries = find_sites(source.config, source.shapes)
-    exact = [site for site in symmetries.sites if site.kind != "offset-norm"]
-    sites = select_sites(exact, config)
+    sites = select_sites(symmetries.sites, config)
     channels = Channels(source)
     largest = scores is None or config.channel == "most-active"
 
@@ -137,11 +136,11 @@ def plan_absorbed(
     )
 
 
-def select_sites(sites: list[Site], config: LockConfig) -> list[Site]:
-    """Keep the sites that `layers` and `target_modules` ask for.
+def select_sites(sites: Sequence[Site], config: LockConfig) -> list[Site]:
+    """Keep the exact sites that `layers` and `target_modules` ask for.
 
     Args:
-        sites: All exact sites.
+        sites: All sites; those that would round (a gain of 1 + weight) are left out.
         config: The recipe.
 
     Returns:
@@ -150,7 +149,8 @@ def select_sites(sites: list[Site], config: LockConfig) -> list[Site]:
     Raises:
         SelectionError: Nothing is left.
     """
-    kept = [site for site in sites if config.layers is None or site.layer in config.layers]
+    exact = [site for site in sites if site.kind != "offset-norm"]
+    kept = [site for site in exact if config.layers is None or site.layer in config.layers]
     if config.target_modules is not None:
         kept = [
             site for site in kept
@@ -158,8 +158,8 @@ def select_sites(sites: list[Site], config: LockConfig) -> list[Site]:
         ]  # fmt: skip
     if not kept:
         raise SelectionError(
-            f"layers={config.layers}, target_modules={config.target_modules} select none of {len(sites)} sites",
-            nearest=[site.name for site in sites[:5]],
+            f"layers={config.layers}, target_modules={config.target_modules} select none of {len(exact)} sites",
+            nearest=[site.name for site in exact[:5]],
             hint="`specdef inspect MODEL` lists the sites.",
         )
     return kept

@@ -129,25 +129,11 @@ def lock_checkpoint(
     began = time.perf_counter()
     config = config or LockConfig()
     out = Path(out) if Path(out).name else Path(out).absolute()
-    refuse_existing(out)
+    checkpoint = open_lockable(source, out)
     key_path = Path(key_path) if key_path else out.with_name(out.name + ".key.safetensors")
     if key_path.resolve().is_relative_to(out.resolve()):
         raise CheckpointError(
             "lies inside the locked folder", path=key_path, hint="Keep the key elsewhere."
-        )
-    checkpoint = Checkpoint.open(source)
-    checkpoint.require_float()
-    if out.resolve().is_relative_to(checkpoint.folder.resolve()):
-        raise CheckpointError(
-            "lies inside the model's folder", path=out, hint="Name a folder outside it."
-        )
-    if not checkpoint.config:
-        raise CheckpointError(
-            "has no config.json", path=source, hint="Fetch it from where the weights came from."
-        )
-    if (checkpoint.folder / CERTIFICATE_NAME).exists():
-        raise CheckpointError(
-            "is locked already", path=source, hint="Unlock it first, or lock the original."
         )
     scores = None
     if calibration is not None and config.method == "absorbed":
@@ -177,6 +163,38 @@ def lock_checkpoint(
                     key_path.unlink()
             raise
     return replace(certificate, key=str(key_path), certificate=str(out / CERTIFICATE_NAME))
+
+
+def open_lockable(source: str | Path, out: Path) -> Checkpoint:
+    """Open a model folder for locking into another, refusing what cannot be locked or written before any work.
+
+    Args:
+        source: Model folder.
+        out: Folder to create.
+
+    Returns:
+        The open folder.
+
+    Raises:
+        CheckpointError: The source is damaged, quantised, locked or lacks its configuration, or the output is taken or
+            lies inside the source.
+    """
+    refuse_existing(out)
+    checkpoint = Checkpoint.open(source)
+    checkpoint.require_float()
+    if out.resolve().is_relative_to(checkpoint.folder.resolve()):
+        raise CheckpointError(
+            "lies inside the model's folder", path=out, hint="Name a folder outside it."
+        )
+    if not checkpoint.config:
+        raise CheckpointError(
+            "has no config.json", path=source, hint="Fetch it from where the weights came from."
+        )
+    if (checkpoint.folder / CERTIFICATE_NAME).exists():
+        raise CheckpointError(
+            "is locked already", path=source, hint="Unlock it first, or lock the original."
+        )
+    return checkpoint
 
 
 def lock_model(
@@ -216,10 +234,7 @@ def lock_model(
     source = MemorySource(tensors, model_config(model))
     scores = None
     if calibration is not None and config.method == "absorbed":
-        sites = select_sites(
-            [s for s in find_sites(source.config, source.shapes).sites if s.kind != "offset-norm"],
-            config,
-        )
+        sites = select_sites(find_sites(source.config, source.shapes).sites, config)
         scores = calibrated_scores(model, sites, calibration, channel=config.channel)
     before = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
     banned: set[tuple[str, int]] = set()
@@ -275,7 +290,7 @@ def calibrate_checkpoint(
         Site name to channel scores, as `plan_lock` takes them.
     """
     sites = find_sites(checkpoint.config, checkpoint.shapes).sites
-    chosen = select_sites([site for site in sites if site.kind != "offset-norm"], config)
+    chosen = select_sites(sites, config)
     model = load_model(checkpoint.folder).eval()
     return calibrated_scores(model, chosen, batches, channel=config.channel)
 
