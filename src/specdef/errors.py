@@ -64,6 +64,14 @@ class SelectionError(SpecDefError):
         self.nearest = tuple(nearest)
 
 
+class SecondOrderError(SpecDefError):
+    """A model cannot be differentiated twice, or gives another value each time it is run."""
+
+
+class StaleGraphError(SpecDefError):
+    """The weights or the data changed under a curvature operator: it would mix the old point with the new."""
+
+
 class KeyMismatch(SpecDefError):
     """A key does not belong to the locked model it is used on."""
 

@@ -1,0 +1,232 @@
+"""Linear layers and embeddings whose second-order products are written straight into the flat result.
+
+A Hessian-vector product makes six matrix products per linear layer where a gradient makes three, so two gradients is
+its floor; what autograd adds on top is two copies of every weight-sized result, a sum and a concatenation. Here each
+weight-sized product is accumulated in place (`addmm` with beta 1) into its slice of the flat vector, and the two
+products for the same activation are one fused call. Everything else is left to autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class Target:
+    """Where weight-sized products go during one pass over a kept graph.
+
+    Args:
+        slices: Slice of the flat vector by parameter name.
+        leaves: The parameters by name.
+    """
+
+    def __init__(self, slices: Mapping[str, slice], leaves: Mapping[str, Tensor]) -> None:
+        self._slices = {id(leaf): slices[name] for name, leaf in leaves.items()}
+        self.flat: Tensor | None = None
+        self.written: set[int] = set()
+        # Only the way of J v to the placeholder is wanted: weights and activations need nothing.
+        self.tangents_only = False
+
+    def knows(self, weight: object) -> bool:
+        """Return whether a tensor is one of the parameters."""
+        return id(weight) in self._slices
+
+    def open(self, flat: Tensor) -> None:
+        """Begin a product: what is in `flat` does not count until it is written."""
+        self.flat, self.written = flat, set()
+
+    def close(self) -> Tensor:
+        """End a product and return it."""
+        assert self.flat is not None
+        flat, self.flat = self.flat, None
+        return flat
+
+    def add(self, key: int, shape: torch.Size, left: Tensor, right: Tensor) -> None:
+        """Add left^T right to the slice of a weight."""
+        assert self.flat is not None
+        where = self.flat[self._slices[key]].view(shape)
+        if key in self.written:
+            where.addmm_(left.T, right)
+        else:
+            torch.mm(left.T, right, out=where)
+            self.written.add(key)
+
+    def add_rows(self, key: int, shape: torch.Size, rows: Tensor, values: Tensor) -> None:
+        """Add values `[n, d]` to the given rows `[n]` of a weight's slice."""
+        assert self.flat is not None
+        where = self.flat[self._slices[key]].view(shape)
+        if key not in self.written:
+            where.zero_()
+            self.written.add(key)
+        where.index_add_(0, rows, values)
+
+    def finish(self, leaves: Mapping[str, Tensor], parts: tuple[Tensor | None, ...]) -> None:
+        """Add what autograd gave for each parameter, and clear what nobody wrote."""
+        assert self.flat is not None
+        for leaf, part in zip(leaves.values(), parts, strict=True):
+            where = self.flat[self._slices[id(leaf)]]
+            if id(leaf) not in self.written:
+                self.written.add(id(leaf))
+                where.zero_() if part is None else where.copy_(part.reshape(-1))
+            elif part is not None:
+                where += part.reshape(-1)
+
+
+class FusedLayers(TorchFunctionMode):
+    """Route linear layers and embeddings of known weights through `Target` for a block.
+
+    Args:
+        target: The target.
+    """
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.target = target
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace `linear(x, W, b)` and `embedding(ids, W)`; pass everything else on."""
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            x, weight, bias = _linear_arguments(*args, **kwargs)
+            if self.target.knows(weight) and x.dtype == weight.dtype:
+                out = _Linear.apply(x, weight, id(weight), self.target)  # type: ignore[no-untyped-call]
+                return out if bias is None else out + bias
+        if func is functional.embedding:
+            ids, weight, padding, plain = _embedding_arguments(*args, **kwargs)
+            if plain and self.target.knows(weight):
+                return _Embedding.apply(weight, ids, padding, id(weight), self.target)  # type: ignore[no-untyped-call]
+        return func(*args, **kwargs)
+
+
+def _embedding_arguments(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> tuple[Tensor, Tensor, int | None, bool]:  # fmt: skip
+    plain = max_norm is None and not scale_grad_by_freq and not sparse
+    return input, weight, padding_idx, plain and (padding_idx is None or padding_idx >= 0)
+
+
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, key: int, target: Target) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.key, ctx.target = key, target
+        return functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # building the graph of the gradient
+            dx, dw = _LinearBackward.apply(x, weight, dy, ctx.key, ctx.target)  # type: ignore[no-untyped-call]
+            return dx, dw, None, None
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        return dx, _weight_product(ctx, dy, x, weight.shape), None, None
+
+
+class _LinearBackward(torch.autograd.Function):
+    """(dx, dW) = (dy W, dy^T x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, dy: Tensor, key: int, target: Target
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, dy)
+        ctx.key, ctx.target = key, target
+        ctx.set_materialize_grads(False)
+        return dy @ weight, _rows(dy).T @ _rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, ux: Tensor | None, uw: Tensor | None) -> tuple[Any, ...]:
+        x, weight, dy = ctx.saved_tensors
+        by_x = by_weight = by_dy = None
+        if ctx.needs_input_grad[2]:
+            if uw is not None:
+                by_dy = _rows(x) @ uw.T
+            if ux is not None:
+                by_dy = _rows(ux) @ weight.T if by_dy is None else by_dy.addmm_(_rows(ux), weight.T)
+            by_dy = None if by_dy is None else by_dy.view(dy.shape)
+        if not ctx.target.tangents_only:
+            if ctx.needs_input_grad[0] and uw is not None:
+                by_x = dy @ uw
+            if ux is not None:
+                by_weight = _weight_product(ctx, dy, ux, weight.shape)
+        return by_x, by_weight, by_dy, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """y = W[ids]; as in torch, the row `padding` has no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, key: int, target: Target
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.padding, ctx.key, ctx.target = weight.shape, padding, key, target
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        (ids,) = ctx.saved_tensors
+        if ctx.padding is not None:
+            dy = dy * (ids != ctx.padding)[..., None]
+        if torch.is_grad_enabled():
+            dw: Tensor | None = _EmbeddingBackward.apply(dy, ids, ctx.shape)  # type: ignore[no-untyped-call]
+        elif ctx.target.flat is None:
+            dw = _scatter(dy, ids, ctx.shape)
+        else:
+            ctx.target.add_rows(ctx.key, ctx.shape, ids.reshape(-1), _rows(dy))
+            dw = None
+        return dw, None, None, None, None
+
+
+class _EmbeddingBackward(torch.autograd.Function):
+    """dW: the rows of dy summed by their ids."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, ids: Tensor, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(ids)
+        return _scatter(dy, ids, shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, uw: Tensor) -> tuple[Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        return functional.embedding(ids, uw), None, None
+
+
+def _scatter(dy: Tensor, ids: Tensor, shape: torch.Size) -> Tensor:
+    return dy.new_zeros(shape).index_add_(0, ids.reshape(-1), _rows(dy))
+
+
+def _weight_product(ctx: Any, left: Tensor, right: Tensor, shape: torch.Size) -> Tensor | None:
+    """Return left^T right, or None when it went into the flat result."""
+    if not ctx.needs_input_grad[1]:
+        return None
+    if ctx.target.flat is None:
+        return _rows(left).T @ _rows(right)
+    ctx.target.add(ctx.key, shape, _rows(left), _rows(right))
+    return None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,1 @@
+"""Convergence predicted from curvature: stable learning rates and steps to a target, without training."""
