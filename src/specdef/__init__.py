@@ -10,12 +10,26 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdef.curvature.density import SpectralDensity as SpectralDensity
+    from specdef.curvature.density import spectral_density as spectral_density
+    from specdef.curvature.eigenvalues import Eigenvalues as Eigenvalues
+    from specdef.curvature.eigenvalues import top_eigenvalues as top_eigenvalues
+    from specdef.curvature.linear import MatrixOperator as MatrixOperator
+    from specdef.curvature.losses import ClassificationLoss as ClassificationLoss
+    from specdef.curvature.losses import LMLoss as LMLoss
+    from specdef.curvature.losses import MSELoss as MSELoss
+    from specdef.curvature.operators import EmpiricalFisherOperator as EmpiricalFisherOperator
+    from specdef.curvature.operators import GGNOperator as GGNOperator
+    from specdef.curvature.operators import HessianOperator as HessianOperator
+    from specdef.curvature.trace import trace as trace
     from specdef.errors import CertificateMismatch as CertificateMismatch
     from specdef.errors import CheckpointError as CheckpointError
     from specdef.errors import KeyMismatch as KeyMismatch
     from specdef.errors import NotConverged as NotConverged
+    from specdef.errors import SecondOrderError as SecondOrderError
     from specdef.errors import SelectionError as SelectionError
     from specdef.errors import SpecDefError as SpecDefError
+    from specdef.errors import StaleGraphError as StaleGraphError
     from specdef.lock.authorised import authorised as authorised
     from specdef.lock.authorised import save_locked as save_locked
     from specdef.lock.certificate import LockCertificate as LockCertificate
@@ -30,11 +44,20 @@ if TYPE_CHECKING:
     from specdef.lock.unlock import unlock_checkpoint as unlock_checkpoint
     from specdef.lock.verify import Verification as Verification
     from specdef.lock.verify import verify_checkpoint as verify_checkpoint
+    from specdef.rates.predict import Prediction as Prediction
+    from specdef.rates.predict import predict_convergence as predict_convergence
     from specdef.spectral.topk import topk_svd as topk_svd
 
 _HOME = {
+    "specdef.curvature.density": ("SpectralDensity", "spectral_density"),
+    "specdef.curvature.eigenvalues": ("Eigenvalues", "top_eigenvalues"),
+    "specdef.curvature.linear": ("MatrixOperator",),
+    "specdef.curvature.losses": ("ClassificationLoss", "LMLoss", "MSELoss"),
+    "specdef.curvature.operators": ("EmpiricalFisherOperator", "GGNOperator", "HessianOperator"),
+    "specdef.curvature.trace": ("trace",),
     "specdef.errors": (
-        "CertificateMismatch", "CheckpointError", "KeyMismatch", "NotConverged", "SelectionError", "SpecDefError",
+        "CertificateMismatch", "CheckpointError", "KeyMismatch", "NotConverged", "SecondOrderError", "SelectionError",
+        "SpecDefError", "StaleGraphError",
     ),
     "specdef.lock.authorised": ("authorised", "save_locked"),
     "specdef.lock.certificate": ("LockCertificate",),
@@ -44,6 +67,7 @@ _HOME = {
     "specdef.lock.lock": ("LockedModel", "lock_checkpoint", "lock_model", "plan_lock"),
     "specdef.lock.unlock": ("unlock_checkpoint",),
     "specdef.lock.verify": ("Verification", "verify_checkpoint"),
+    "specdef.rates.predict": ("Prediction", "predict_convergence"),
     "specdef.spectral.topk": ("topk_svd",),
 }  # fmt: skip
 _LAZY = {name: module for module, names in _HOME.items() for name in names}
