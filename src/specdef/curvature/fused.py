@@ -1,14 +1,16 @@
-"""Linear layers and embeddings whose second-order products are written straight into the flat result.
+"""Linear layers, embeddings and activations that make second-order products without autograd's detours.
 
 A Hessian-vector product makes six matrix products per linear layer where a gradient makes three, so two gradients is
 its floor; what autograd adds on top is two copies of every weight-sized result, a sum and a concatenation. Here each
 weight-sized product is accumulated in place (`addmm` with beta 1) into its slice of the flat vector, and the two
-products for the same activation are one fused call. Everything else is left to autograd.
+products for the same input are one fused call. Activations keep their first two derivatives as numbers, and a product
+multiplies by them. Everything else is left to autograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,8 +80,14 @@ class Target:
                 where += part.reshape(-1)
 
 
+ACTIVATIONS = frozenset(
+    {functional.silu, functional.gelu, functional.softplus, functional.elu, functional.mish}
+)
+"""Functions of one number that are differentiated twice by several operations, and are worth a table of two values."""
+
+
 class FusedLayers(TorchFunctionMode):
-    """Route linear layers and embeddings of known weights through `Target` for a block.
+    """Route linear layers and embeddings of known weights through `Target`, and activations past autograd, for a block.
 
     Args:
         target: The target.
@@ -107,6 +115,9 @@ class FusedLayers(TorchFunctionMode):
             ids, weight, padding, plain = _embedding_arguments(*args, **kwargs)
             if plain and self.target.knows(weight):
                 return _Embedding.apply(weight, ids, padding, id(weight), self.target)  # type: ignore[no-untyped-call]
+        if func in ACTIVATIONS and len(args) == 1 and not kwargs.get("inplace"):
+            options = {name: value for name, value in kwargs.items() if name != "inplace"}
+            return _Activation.apply(args[0], partial(func, **options))  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
@@ -216,6 +227,43 @@ class _EmbeddingBackward(torch.autograd.Function):
 
 def _scatter(dy: Tensor, ids: Tensor, shape: torch.Size) -> Tensor:
     return dy.new_zeros(shape).index_add_(0, ids.reshape(-1), _rows(dy))
+
+
+class _Activation(torch.autograd.Function):
+    """y = f(x) element by element, with f' and f'' computed when the graph is built."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            y = function(z)
+            (first,) = torch.autograd.grad(y.sum(), z, create_graph=True)
+            (second,) = torch.autograd.grad(first.sum(), z)
+        ctx.save_for_backward(x, first.detach(), second)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        x, first, second = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _ActivationBackward.apply(x, dy, first, second), None  # type: ignore[no-untyped-call]
+        return dy * first, None
+
+
+class _ActivationBackward(torch.autograd.Function):
+    """dx = dy f'(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dy: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(first, dy * second)
+        return dy * first
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        first, curvature = ctx.saved_tensors
+        by_x = u * curvature if ctx.needs_input_grad[0] else None
+        return by_x, u * first if ctx.needs_input_grad[1] else None, None, None
 
 
 def _weight_product(ctx: Any, left: Tensor, right: Tensor, shape: torch.Size) -> Tensor | None:
