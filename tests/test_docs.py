@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from specdef.cli.app import main
+from specdef.models.tiny_tokenizer import save_tiny_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -27,9 +28,9 @@ RUNNABLE = [
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
 def test_examples_run(page, tiny_folder, tmp_path, monkeypatch):
-    """In the order of the page, in a folder that holds a tiny model called `model`."""
+    """In the order of the page, in a folder that holds a tiny model with a tokenizer, called `model`."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_folder("llama"), "model")
+    save_tiny_tokenizer(shutil.copytree(tiny_folder("llama"), "model"))
     namespace: dict[str, object] = {"__name__": page.stem}
     for kind, text in blocks(page):
         if kind == "toml":
@@ -61,10 +62,10 @@ def test_every_option_is_documented(capsys):
     """The page names every option that the verbs have, and no other."""
     text = (DOCS / "cli.md").read_text(encoding="utf-8")
     found = set()
-    for verb in ("inspect", "lock", "verify", "unlock"):
+    for verb in ("inspect", "lock", "verify", "unlock", "predict", "spectrum", "reproduce"):
         with pytest.raises(SystemExit):
             main([verb, "--help"])
         found |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     named = set(re.findall(r"--[a-z][a-z-]*", text))
     assert named - found <= {"--help"}
-    assert found - named <= {"--help", "--spectra"}
+    assert found - named <= {"--help", "--spectra", "--blocks"}

@@ -9,6 +9,9 @@ import typer
 from specdef import __version__
 from specdef.cli import inspect as inspect_verb
 from specdef.cli import lock as lock_verb
+from specdef.cli import predict as predict_verb
+from specdef.cli import reproduce as reproduce_verb
+from specdef.cli import spectrum as spectrum_verb
 from specdef.cli import unlock as unlock_verb
 from specdef.cli import verify as verify_verb
 from specdef.cli.common import report_error
@@ -19,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Lock open weights against training, check the lock, undo it with the key.",
+    help="Lock open weights against training, check the lock, undo it with the key; predict training from curvature.",
     epilog="Exit codes: 0 done, 1 a finding, 2 bad input, 3 did not converge.",
 )
 
@@ -44,6 +47,9 @@ app.command("inspect")(inspect_verb.inspect)
 app.command("lock")(lock_verb.lock)
 app.command("verify")(verify_verb.verify)
 app.command("unlock")(unlock_verb.unlock)
+app.command("predict")(predict_verb.predict)
+app.command("spectrum")(spectrum_verb.spectrum)
+app.command("reproduce")(reproduce_verb.reproduce)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -124,6 +124,12 @@ def print_json(values: dict[str, Any]) -> None:
     typer.echo(json.dumps(_finite(values), indent=1, default=str, allow_nan=False))
 
 
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a report as `print_json` prints it."""
+    text = json.dumps(_finite(values), indent=1, default=str, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def report_error(error: BaseException, *, as_json: bool, hint: str = "") -> None:
     """Print an error: what was found, where, and what to do next (`hint` where the error does not say)."""
     hint = getattr(error, "hint", "") or hint

@@ -62,7 +62,7 @@ def read_texts(path: str | Path) -> list[str]:
             f"{path}: texts are read from .txt and .jsonl files, not from {suffix or 'a file without a suffix'}.",
             hint='Write one JSON object {"text": "…"} per line into a .jsonl file.',
         )
-    content = _decode(path)
+    content = decode_file(path)
     documents = [content] if suffix == ".txt" else list(_jsonl_texts(path, content))
     if not any(document.strip() for document in documents):
         raise SpecDefError(f"{path}: the file holds no text.", hint="Name a file with text in it.")
@@ -136,8 +136,18 @@ def token_batches(
     ]
 
 
-def _decode(path: Path) -> str:
-    """Return the content of a file in UTF-8, with or without a byte-order mark."""
+def decode_file(path: Path) -> str:
+    """Return the content of a file in UTF-8, with or without a byte-order mark.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its text.
+
+    Raises:
+        SpecDefError: It is missing, cannot be read, or is not UTF-8; the message names the line.
+    """
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:

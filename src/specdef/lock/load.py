@@ -21,7 +21,11 @@ LOCK_ID = "_specdef_lock_id"
 
 
 def load_model(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    architecture: str | None = None,
 ) -> nn.Module:
     """Load a model folder, with the inserted layers of a compensated lock where there are any.
 
@@ -31,6 +35,7 @@ def load_model(
         path: Local model folder.
         dtype: "auto" keeps the checkpoint's dtype; else a torch dtype or its name.
         device: Where the model goes.
+        architecture: Class in transformers, for a configuration that names none.
 
     Returns:
         The model in evaluation mode, of the class named by its configuration.
@@ -44,7 +49,7 @@ def load_model(
     checkpoint = Checkpoint.open(folder)
     compensated = checkpoint.config.get("model_type") == MODEL_TYPE
     values = read_json(folder / BASE_CONFIG_NAME) if compensated else checkpoint.config
-    architectures = values.get("architectures") or []
+    architectures = values.get("architectures") or ([architecture] if architecture else [])
     classes = [getattr(transformers, name, None) for name in architectures]
     if not classes or classes[0] is None:
         raise CheckpointError(

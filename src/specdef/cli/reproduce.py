@@ -1,0 +1,103 @@
+"""`specdef reproduce`: an experiment of the papers, again, with a verdict on each claim.
+
+Experiments stand above the command line and may use it, so this verb knows them by name only and finds them when asked.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specdef.cli.analysis import progress_text
+from specdef.cli.common import Config, Device, Json, Seed, print_json, say
+from specdef.errors import SpecDefError
+
+
+class Experiment(StrEnum):
+    """Experiments, each a module `specdef.experiments.NAME` with a function `run`."""
+
+    figure1 = "figure1"
+    figure2 = "figure2"
+    calibration = "calibration"
+
+
+class Size(StrEnum):
+    """How much is run."""
+
+    cpu = "cpu"
+    smoke = "smoke"
+
+
+def reproduce(
+    experiment: Annotated[
+        Experiment,
+        typer.Argument(
+            help="figure1: steps against condition number. figure2: Adam and bounds while a singular value grows. "
+            "calibration: predicted against measured."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for NAME.json, NAME.png and NAME.txt; made if absent.")
+    ] = Path("results"),
+    size: Annotated[
+        Size, typer.Option(help="cpu takes minutes; smoke takes seconds and shows that it runs.")
+    ] = Size.cpu,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="How many seeds: --seed, --seed + 1, … [default: 3; 1 for calibration]."),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Run an experiment of the papers again and say which of its claims hold. A claim that does not is no error."""
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}.")
+    name = experiment.value
+    from specdef.weights.atomic import atomic_file, refuse_existing
+
+    files = [out / f"{name}.{suffix}" for suffix in ("json", "png", "txt")]
+    for path in files:
+        refuse_existing(path)
+    run: Any = importlib.import_module(f"specdef.experiments.{name}").run
+    known = inspect.signature(run).parameters
+    options: dict[str, Any] = {"size": size.value}
+    if "seeds" in known:
+        options["seeds"] = used = tuple(range(seed, seed + (seeds or 3)))
+    elif seeds in (None, 1):
+        options["seed"], used = seed, (seed,)
+    else:
+        raise SpecDefError(
+            f"{name} takes one seed.", hint="Leave --seeds out, and repeat with another --seed."
+        )
+    if "device" in known:
+        options["device"] = device
+    elif device != "cpu":
+        raise SpecDefError(f"{name} runs on the CPU only.", hint="Leave --device out.")
+    with progress_text("reproduce") as progress:
+        record = run(out, **options, progress=progress.phase)
+    seconds = round(record["seconds"], 2)
+    lines = [
+        f"{'held' if claim['held'] else 'NOT held'}: {claim['claim']}" for claim in record["claims"]
+    ]
+    lines.append(f"{name}, size {size.value}, seeds {list(used)}: {seconds} s")
+    with atomic_file(files[-1]) as place:
+        place.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if json:
+        print_json(
+            {
+                "experiment": name, "size": size.value, "seeds": list(used), "seconds": seconds,
+                "held": sum(claim["held"] for claim in record["claims"]), "claims": record["claims"],
+                "files": [str(path) for path in files],
+            }
+        )  # fmt: skip
+    for line in lines:
+        say(line)
+    for path in files:
+        say(f"wrote {path}")
