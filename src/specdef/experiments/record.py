@@ -1,0 +1,91 @@
+"""What an experiment leaves behind: a JSON record with its claims, and a figure, each written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy
+import torch
+from matplotlib.figure import Figure
+
+import specdef
+from specdef.weights.atomic import atomic_file
+
+Progress = Callable[[str], None]
+
+
+def claim(text: str, held: bool, **numbers: Any) -> dict[str, Any]:
+    """State a claim and whether the numbers bear it out.
+
+    Args:
+        text: The claim, one sentence.
+        held: Computed from the numbers.
+        numbers: What decides it.
+
+    Returns:
+        One entry of a record's `claims`.
+    """
+    return {"claim": text, "held": bool(held), "numbers": numbers}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide the numbers."""
+    return {
+        "specdef": specdef.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "matplotlib": matplotlib.__version__,
+    }
+
+
+def write_record(out: Path, name: str, record: Mapping[str, Any], figure: Figure) -> None:
+    """Write NAME.json and NAME.png.
+
+    Args:
+        out: Folder; made if absent.
+        name: Of the experiment.
+        record: JSON values; infinite and undefined numbers become null.
+        figure: Drawn with the object interface of matplotlib.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(out / f"{name}.png") as path:
+        figure.savefig(path, dpi=120, format="png")
+    text = json.dumps(plain(record), indent=1, allow_nan=False)
+    with atomic_file(out / f"{name}.json") as path:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """Return a value with infinite and undefined numbers replaced by None, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """Fit y ~ x^p by least squares in logarithms.
+
+    Args:
+        x: Positive.
+        y: Positive.
+
+    Returns:
+        p; nan with fewer than two points.
+
+    >>> round(exponent([1.0, 10.0, 100.0], [2.0, 200.0, 20000.0]), 12)
+    2.0
+    """
+    if len(x) < 2:
+        return math.nan
+    return float(numpy.polyfit(numpy.log(x), numpy.log(y), 1)[0])
