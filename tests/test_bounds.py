@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -305,15 +304,3 @@ def test_the_dense_hessian_is_that_of_the_operator():
     operator = HessianOperator(task.model, [(task.inputs, task.targets)], MSELoss())
     assert operator.slices == slices
     torch.testing.assert_close(H, operator.to_dense(), rtol=1e-9, atol=1e-12)
-
-
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "theorems").glob("*.md"))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_pages_on_theorems_run(page):
-    blocks = page.read_text(encoding="utf-8").split("```python\n")[1:]
-    assert blocks
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block.partition("```")[0], f"<{page.name}>", "exec"), namespace)

@@ -13,7 +13,7 @@ from specdef.cli.app import main
 from specdef.models.tiny_tokenizer import save_tiny_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
