@@ -73,7 +73,7 @@ def predict(
     ] = 10_000,
     parameters: Parameters = None,
     batch_size: BatchSize = 4,
-    num_batches: NumBatches = 4,
+    num_batches: NumBatches = 1,
     length: Length = 64,
     split: Split = None,
     columns: Columns = None,

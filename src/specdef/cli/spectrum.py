@@ -67,7 +67,7 @@ def spectrum(
     ] = 300,
     parameters: Parameters = None,
     batch_size: BatchSize = 4,
-    num_batches: NumBatches = 4,
+    num_batches: NumBatches = 1,
     length: Length = 64,
     split: Split = None,
     columns: Columns = None,

@@ -61,7 +61,7 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> 
 
 
 def cross_entropy_hessian_product(
-    logits: Tensor, targets: Tensor, weights: Tensor, u: Tensor
+    logits: Tensor, targets: Tensor, weights: Tensor, u: Tensor, out: Tensor | None = None
 ) -> Tensor:
     """Return the Hessian of sum(weights * terms) with respect to the logits, times u: weights (p u - p <p, u>).
 
@@ -70,11 +70,12 @@ def cross_entropy_hessian_product(
         targets: `[n]`; only whether a row counts matters.
         weights: `[n]`.
         u: `[n, C]`.
+        out: `[n, C]`, where to write; None for new memory.
 
     Returns:
         `[n, C]`.
     """
-    out = torch.empty_like(logits)
+    out = torch.empty_like(logits) if out is None else out
     for rows in _chunks(logits):
         p = torch.softmax(logits[rows], -1)
         weight = (weights[rows] * (targets[rows] != IGNORE))[:, None]

@@ -178,7 +178,7 @@ def spectral_density(
     seed: int = 0,
     deflate: Eigenvalues | None = None,
     runs: Sequence[LanczosRun] = (),
-    reorthogonalize: bool = True,
+    reorthogonalize: bool = False,
 ) -> SpectralDensity:
     """Estimate how the eigenvalues of a symmetric operator are distributed.
 
@@ -189,8 +189,8 @@ def spectral_density(
 
     Outliers then cost no steps and add no noise between probes. A bulk below `floor` needs an operator of float64.
 
-    Cost: num_probes * num_steps products, less those of `runs`. Memory: num_steps + 4 vectors, for all probes one after
-    the other; 5 vectors without `reorthogonalize`, at the price of ghost nodes, which share the weight of the true ones.
+    Cost: num_probes * num_steps products, less those of `runs`. Memory: 5 vectors, or num_steps + 4 with `reorthogonalize`.
+    Without, ghost nodes share the weight of the true ones (Greenbaum 1989) and cost a step each.
 
     Args:
         operator: A.
@@ -201,7 +201,7 @@ def spectral_density(
         runs: Lanczos runs on A itself from Gaussian vectors, with full re-orthogonalisation, like `Eigenvalues.run`: each
             is a probe that is already paid. All its steps are used, and it is resumed to `num_steps` if it has kept its
             basis. With `deflate`, nodes that stand for deflated eigenvalues are taken out.
-        reorthogonalize: Whether Lanczos keeps its basis orthogonal.
+        reorthogonalize: Whether Lanczos keeps its basis orthogonal: 2 passes over j vectors in step j, dear where num_steps is large.
 
     Returns:
         The density.

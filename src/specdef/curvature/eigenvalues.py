@@ -84,7 +84,7 @@ def top_eigenvalues(
     missed. Only where the Krylov space is exhausted before it has k dimensions, a fresh vector is added, and copies are
     found. No eigenvalue is reported twice that is there once.
 
-    Cost: 15 to 60 products for k = 5, where the values stand out of the bulk or decay like a power, and 4 j passes over a
+    Cost: 15 to 60 products for k = 5, where the values stand out of the bulk or decay like a power, and 2 j passes over a
     vector in step j. Memory: min(max_basis, steps rounded up to 16) + 4 vectors, and k for the result. Deterministic:
     same seed, same machine, same answer.
 

@@ -86,6 +86,10 @@ ACTIVATIONS = frozenset(
 """Functions of one number that are differentiated twice by several operations, and are worth a table of two values."""
 
 
+LARGE = 1 << 20
+"""Elements from which the memory of an intermediate result is kept: new pages cost as much as a pass of arithmetic."""
+
+
 class FusedLayers(TorchFunctionMode):
     """Route linear layers and embeddings of known weights through `Target`, and activations past autograd, for a block.
 
@@ -172,7 +176,7 @@ class _LinearBackward(torch.autograd.Function):
         by_x = by_weight = by_dy = None
         if ctx.needs_input_grad[2]:
             if uw is not None:
-                by_dy = _rows(x) @ uw.T
+                by_dy = torch.mm(_rows(x), uw.T, out=_large(ctx, dy))
             if ux is not None:
                 by_dy = _rows(ux) @ weight.T if by_dy is None else by_dy.addmm_(_rows(ux), weight.T)
             by_dy = None if by_dy is None else by_dy.view(dy.shape)
@@ -264,6 +268,16 @@ class _ActivationBackward(torch.autograd.Function):
         first, curvature = ctx.saved_tensors
         by_x = u * curvature if ctx.needs_input_grad[0] else None
         return by_x, u * first if ctx.needs_input_grad[1] else None, None, None
+
+
+def _large(ctx: Any, dy: Tensor) -> Tensor | None:
+    """Return memory for a product shaped like dy that is kept between passes, where it is large: logits, above all."""
+    if dy.numel() < LARGE:
+        return None
+    if not hasattr(ctx, "memory"):
+        ctx.memory = dy.new_empty(_rows(dy).shape)
+    memory: Tensor = ctx.memory
+    return memory
 
 
 def _weight_product(ctx: Any, left: Tensor, right: Tensor, shape: torch.Size) -> Tensor | None:

@@ -50,8 +50,10 @@ class Loss(ABC):
         """Return the gradient of the sum of terms with respect to the outputs."""
 
     @abstractmethod
-    def output_hessian_product(self, outputs: Tensor, targets: Tensor, u: Tensor) -> Tensor:
-        """Return the Hessian of the sum of terms with respect to the outputs, times u."""
+    def output_hessian_product(
+        self, outputs: Tensor, targets: Tensor, u: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the Hessian of the sum of terms with respect to the outputs, times u; in `out` if given."""
 
 
 class _CrossEntropy(Loss):
@@ -70,10 +72,13 @@ class _CrossEntropy(Loss):
         ones = logits.new_ones(len(logits))
         return cross_entropy_gradient(logits, flat, ones).view(outputs.shape)
 
-    def output_hessian_product(self, outputs: Tensor, targets: Tensor, u: Tensor) -> Tensor:
+    def output_hessian_product(
+        self, outputs: Tensor, targets: Tensor, u: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         logits, flat = _rows(outputs, targets)
         ones = logits.new_ones(len(logits))
-        product = cross_entropy_hessian_product(logits, flat, ones, u.reshape(logits.shape))
+        out = None if out is None else out.view(logits.shape)
+        product = cross_entropy_hessian_product(logits, flat, ones, u.reshape(logits.shape), out)
         return product.view(outputs.shape)
 
 
@@ -150,9 +155,11 @@ class MSELoss(Loss):
         """Return 2 (outputs - targets)."""
         return 2 * self._difference(outputs, targets).view(outputs.shape)
 
-    def output_hessian_product(self, outputs: Tensor, targets: Tensor, u: Tensor) -> Tensor:
+    def output_hessian_product(
+        self, outputs: Tensor, targets: Tensor, u: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """Return 2 u."""
-        return 2 * u
+        return torch.mul(u, 2, out=out)
 
     @staticmethod
     def _difference(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -56,30 +56,33 @@ class HessianOperator(CurvatureOperator):
 
 @dataclass
 class _Jacobian:
-    """Outputs z with J^T u as a function of a placeholder u: two backward passes give J v and J^T w."""
+    """Outputs z with J^T u as a function of a placeholder u: two backward passes give J v and J^T w = J^T B J v."""
 
     outputs: Tensor
     placeholder: Tensor
     transposed: list[Tensor]
+    product: Tensor  # memory for w: fresh pages for every product cost as much as the arithmetic
 
 
 class _OutputOperator(CurvatureOperator):
     """(1/N) sum J^T B J with a matrix B on the outputs."""
 
     @abstractmethod
-    def _output_product(self, outputs: Tensor, index: int, u: Tensor) -> Tensor:
-        """Return B u for the outputs of one batch."""
+    def _output_product(self, outputs: Tensor, index: int, u: Tensor, out: Tensor) -> Tensor:
+        """Return B u for the outputs of one batch, in `out`."""
 
     def _build(self, index: int) -> tuple[int, _Jacobian]:
         with FusedLayers(self._target):
-            z = widen(self._outputs({**self._weights, **self._leaves}, index), self.dtype)
+            z = widen(
+                self._outputs({**self._weights, **self._leaves}, index), self.dtype
+            ).contiguous()
         u = torch.zeros_like(z, requires_grad=True)
         transposed = grad(z, list(self._leaves.values()), u, create_graph=True)
         check_twice_differentiable(transposed)
         # The shapes and labels are checked where the loss is evaluated.
         with torch.no_grad():
             self.loss_function.terms(z, self._targets[index])
-        return index, _Jacobian(z, u, list(transposed))
+        return index, _Jacobian(z, u, list(transposed), torch.empty_like(z))
 
     def _product(
         self, graph: tuple[int, _Jacobian], v: Tensor, *, keep: bool
@@ -95,7 +98,8 @@ class _OutputOperator(CurvatureOperator):
             (jv,) = grad(transposed, [jacobian.placeholder], vectors, retain_graph=True)
         finally:
             self._target.tangents_only = False
-        w = self._output_product(jacobian.outputs.detach(), index, jv).div_(self._normaliser())
+        w = self._output_product(jacobian.outputs.detach(), index, jv, jacobian.product)
+        w = w.div_(self._normaliser())
         return grad(jacobian.outputs, leaves, w, retain_graph=keep, unused=True)
 
 
@@ -108,8 +112,8 @@ class GGNOperator(_OutputOperator):
     See `CurvatureOperator` for the arguments.
     """
 
-    def _output_product(self, outputs: Tensor, index: int, u: Tensor) -> Tensor:
-        return self.loss_function.output_hessian_product(outputs, self._targets[index], u)
+    def _output_product(self, outputs: Tensor, index: int, u: Tensor, out: Tensor) -> Tensor:
+        return self.loss_function.output_hessian_product(outputs, self._targets[index], u, out)
 
 
 @final
@@ -152,7 +156,7 @@ class EmpiricalFisherOperator(_OutputOperator):
             return self.num_terms
         return sum(int((counts > 0).sum()) for counts in self._counts)
 
-    def _output_product(self, outputs: Tensor, index: int, u: Tensor) -> Tensor:
+    def _output_product(self, outputs: Tensor, index: int, u: Tensor, out: Tensor) -> Tensor:
         targets = self._targets[index]
         gradient = self.loss_function.output_gradient(outputs, targets)
         if self.per == "term":
@@ -160,8 +164,7 @@ class EmpiricalFisherOperator(_OutputOperator):
             inner = gradient * u
             if outputs.ndim > targets.ndim:
                 inner = inner.sum(-1, keepdim=True)
-            return gradient * inner
+            return torch.mul(gradient, inner, out=out)
         rows, counts = gradient.reshape(len(targets), -1), self._counts[index]
         inner = torch.linalg.vecdot(rows, u.reshape(rows.shape)) / counts.clamp_min(1) ** 2
-        product: Tensor = rows * inner[:, None]
-        return product.view(outputs.shape)
+        return torch.mul(rows, inner[:, None], out=out.view(rows.shape)).view(outputs.shape)
