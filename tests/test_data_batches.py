@@ -156,6 +156,7 @@ def test_columns_win_over_the_names_that_are_guessed(models, tmp_path) -> None:
         ([{"text": "a"}, {"text": 3}], 'line 2: no string under "text"'),
         ([{"text": "a"}, {"other": "b"}], 'line 2: no string under "text"'),
         ([{"text": "too short"}], r"too short: 4 windows of 16 tokens.*its 10 tokens make 0"),
+        ([{"text": "\ud800"}], 'line 1: the string under "text" has half of a surrogate pair'),
         ([{"prompt": "a", "completion": "b"}] * 3, "3 examples, 4 were asked for"),
         ([{"prompt": "a", "completion": " "}] * 4, 'line . *: the text under "completion" is empty'),
         ([{"prompt": "a", "completion": None}] * 4, 'no string under "completion"'),
@@ -412,6 +413,20 @@ def test_a_damaged_picture_is_named(models, tmp_path, content) -> None:
     path.write_bytes(path.read_bytes()[:45] if content is None else content)
     with pytest.raises(SpecDefError, match=r"cat/2\.png: the picture cannot be read"):
         pictures(folder, models["vit"].config)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("uint16", "2.png"), ("int32", "2.tif"), ("float32", "2.tif")])  # fmt: skip
+def test_pictures_of_more_than_8_bits_are_not_clipped(models, tmp_path, kind, name) -> None:
+    folder = picture_folder(tmp_path)
+    (folder / "cat" / "2.png").unlink()
+    Image.fromarray(np.arange(64).reshape(8, 8).astype(kind)).save(folder / "cat" / name)
+    with pytest.raises(SpecDefError, match=rf"cat/{name}: the picture has more than 8 bits"):
+        pictures(folder, models["vit"].config)
+
+
+def test_a_name_too_long_for_a_file(models) -> None:
+    with pytest.raises(SpecDefError, match="no such file or folder"):
+        pictures("a" * 300 + ".npz", models["vit"].config)
 
 
 def test_a_picture_outside_the_class_folders(models, tmp_path) -> None:

@@ -68,6 +68,7 @@ def test_a_long_cell_is_read_and_the_modules_limit_left_alone(tmp_path) -> None:
     ("name", "raw", "message"),
     [
         ("none.jsonl", None, "no such file or folder"),
+        ("a" * 300 + ".jsonl", None, "no such file or folder"),
         ("empty.txt", b" \n", "holds no text"),
         ("empty.jsonl", b"\n", "no records"),
         ("empty.json", b"", "no records"),

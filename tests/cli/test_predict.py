@@ -155,6 +155,7 @@ def test_options_come_from_toml_too(run, ready, data, tmp_path) -> None:
         (["--data", "sotu", "--dtype", "bfloat16"], "bfloat16"),
         (["--optimizers", "gd"], "--data"),
         (["none", "--data", "sotu"], "none"),
+        (["n" * 300, "--data", "sotu"], "does not exist"),
     ],
 )
 def test_mistakes(run, ready, tmp_path, tree, monkeypatch, arguments, message) -> None:

@@ -79,7 +79,7 @@ def test_options_reach_the_experiment(run, tmp_path, monkeypatch) -> None:
         (["figure1", "--size", "huge"], "huge"),
         (["figure1", "--seeds", "0"], "--seeds must be at least 1"),
         (["calibration", "--seeds", "2"], "calibration takes one seed"),
-        (["figure1", "--device", "meta"], "runs on the CPU only"),
+        (["figure1", "--device", "meta"], "--device meta cannot be used"),
     ],
 )
 def test_mistakes(run, tmp_path, tree, arguments, message) -> None:
@@ -87,3 +87,11 @@ def test_mistakes(run, tmp_path, tree, arguments, message) -> None:
     assert result.code == 2 and result.out == ""
     assert message in result.err
     assert not tree()
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_in_the_way_is_noticed_before_the_work(run, tmp_path, monkeypatch, below) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(reproduce.importlib, "import_module", lambda _: fake(RECORD, {}))
+    result = run("reproduce", "figure1", "--out", tmp_path / "file" / below, "--json")
+    assert result.code == 2 and "file: is no folder" in result.json["error"]

@@ -141,6 +141,9 @@ def test_a_locked_model_has_the_larger_eigenvalue(run, ready, tmp_path) -> None:
     ("arguments", "message"),
     [
         (["--data", "none.jsonl"], "no such file or folder"),
+        (["--data", "a" * 300], "no such file or folder"),
+        (["--data", "sotu", "--device", "meta"], "--device meta cannot be used"),
+        (["--data", "sotu", "--max-matvecs", "0"], "--max-matvecs must be at least 1"),
         (["--data", "sotu", "--k", "0"], "--k must be at least 1"),
         (["--data", "sotu", "--num-steps", "0"], "--num-steps"),
         (["--data", "sotu", "--parameters", "mlp.nothing"], "no floating parameter fits"),

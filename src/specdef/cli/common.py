@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -86,7 +87,7 @@ def check_device(value: str) -> str:
     import torch
 
     try:
-        torch.empty(0, device=value)
+        torch.zeros(1, device=value).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise SpecDefError(
             f"--device {value} cannot be used here ({str(error).splitlines()[0]:.80})",
@@ -157,7 +158,7 @@ def find_model(name: str, *, quiet: bool = False) -> Path:
         CheckpointError: There is no such folder or hub model, or the hub cannot be reached.
     """
     path = Path(name)
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises where a name is too long
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(

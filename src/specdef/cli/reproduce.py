@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import typer
 
 from specdef.cli.analysis import progress_text
 from specdef.cli.common import Config, Device, Json, Seed, print_json, say
-from specdef.errors import SpecDefError
+from specdef.errors import CheckpointError, SpecDefError
 
 
 class Experiment(StrEnum):
@@ -63,6 +64,9 @@ def reproduce(
     from specdef.weights.atomic import atomic_file, refuse_existing
 
     files = [out / f"{name}.{suffix}" for suffix in ("json", "png", "txt")]
+    ancestor = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not ancestor.is_dir():  # known before the work, not after it
+        raise CheckpointError("is no folder", path=ancestor, hint="Name another folder with --out.")
     for path in files:
         refuse_existing(path)
     run: Any = importlib.import_module(f"specdef.experiments.{name}").run

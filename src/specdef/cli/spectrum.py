@@ -86,6 +86,8 @@ def spectrum(
         raise ValueError(f"--k must be at least 1, got {k}.")
     if num_probes < 0 or num_steps < 1:
         raise ValueError("--num-probes must not be negative, --num-steps at least 1.")
+    if max_matvecs < 1:
+        raise ValueError(f"--max-matvecs must be at least 1, got {max_matvecs}.")
     began = time.monotonic()
     from specdef.cli.spectrum_report import (
         block_eigenvalue,

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specdef.curvature.fused import Target
 from specdef.curvature.graph import (
     GraphMemory,
     OverLimit,
     default_memory_limit,
+    grad,
+    plain_autograd,
     run_at,
     twice_differentiable,
+    widen,
+    without_checkpoints,
 )
 from specdef.curvature.linear import SymmetricOperator
 from specdef.curvature.losses import Batch, Loss
 from specdef.curvature.parameters import Params, flat_slices, select_parameters
+from specdef.curvature.target import Target
 from specdef.errors import SecondOrderError, SpecDefError, StaleGraphError
 
 
@@ -80,7 +85,11 @@ class CurvatureOperator(SymmetricOperator):
         self.refresh()
 
     def refresh(self) -> None:
-        """Take the weights and data as they are now; kept graphs are dropped."""
+        """Take the weights and data as they are now; kept graphs are dropped.
+
+        Raises:
+            StaleGraphError: A parameter is gone or has another shape.
+        """
         self._graphs: list[Any] = [None] * len(self.batches)
         limit = self._memory_limit
         self._memory = GraphMemory(default_memory_limit(self.device) if limit is None else limit)
@@ -89,6 +98,11 @@ class CurvatureOperator(SymmetricOperator):
             name: tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
             for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]
         }
+        if any(name not in self._weights or self._weights[name].shape != p.shape for name, p in self.parameters.items()):  # fmt: skip
+            raise StaleGraphError(
+                "a selected parameter is gone, tied to another, or has another shape",
+                hint="Build a new operator.",
+            )
         self._leaves = {
             name: self._weights[name].detach().requires_grad_() for name in self.parameters
         }
@@ -113,7 +127,7 @@ class CurvatureOperator(SymmetricOperator):
         self._check_unchanged()
         weights = self._displaced(displacement)
         total = 0.0
-        with torch.no_grad():
+        with plain_autograd(self.device), torch.no_grad():
             for i in range(len(self.batches)):
                 total += float(self._sum(weights, i).double())
         return total / self.num_terms
@@ -143,14 +157,15 @@ class CurvatureOperator(SymmetricOperator):
             Mean loss, and gradient `[n]`.
         """
         self._check_unchanged()
-        weights = self._displaced(displacement)
-        leaves = {name: weights[name].detach().requires_grad_() for name in self.parameters}
-        total = 0.0
-        gradient = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        for i in range(len(self.batches)):
-            value = self._sum({**weights, **leaves}, i)
-            self._add(gradient, grad(value, list(leaves.values())))
-            total += float(value.detach().double())
+        with plain_autograd(self.device):
+            weights = self._displaced(displacement)
+            leaves = {name: weights[name].detach().requires_grad_() for name in self.parameters}
+            total = 0.0
+            gradient = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+            for i in range(len(self.batches)):
+                value = without_checkpoints(partial(self._sum, {**weights, **leaves}, i))
+                self._add(gradient, grad(value, list(leaves.values())))
+                total += float(value.detach().double())
         return total / self.num_terms, gradient / self.num_terms
 
     # --- flat vectors ------------------------------------------------------------------------------------------------
@@ -167,20 +182,21 @@ class CurvatureOperator(SymmetricOperator):
 
     def _matvec(self, v: Tensor) -> Tensor:
         self._check_unchanged()
-        if not self._checked:
-            self._check_deterministic()
-        self._target.open(torch.empty_like(v))
-        for i in range(len(self.batches)):
-            graph = self._graphs[i]
-            kept = graph is not None
-            with twice_differentiable():
-                if graph is None:
-                    graph, kept = self._build_kept(i)
-                parts = self._product(graph, v, keep=kept)
-            if kept:
-                self._graphs[i] = graph
-            self._target.finish(self._leaves, parts)
-        return self._target.close()
+        with plain_autograd(self.device):
+            if not self._checked:
+                self._check_deterministic()
+            flat = torch.empty_like(v)
+            for i in range(len(self.batches)):
+                graph = self._graphs[i]
+                kept = graph is not None
+                with twice_differentiable():
+                    if graph is None:
+                        graph, kept = self._build_kept(i)
+                    with self._target.open(flat, first=i == 0):
+                        self._target.finish(self._leaves, self._product(graph, v, keep=kept))
+                if kept:
+                    self._graphs[i] = graph
+        return flat
 
     @abstractmethod
     def _build(self, index: int) -> Any:
@@ -200,7 +216,10 @@ class CurvatureOperator(SymmetricOperator):
             try:
                 with self._memory.count(free):
                     return self._build(index), True
-            except OverLimit:
+            except (
+                OverLimit,
+                RuntimeError,
+            ):  # too large, out of memory, or not countable as in torch.func
                 self._memory.limit = self._memory.used  # later batches need not try
         return self._build(index), False
 
@@ -260,30 +279,16 @@ class CurvatureOperator(SymmetricOperator):
             )
 
     def _check_deterministic(self) -> None:
+        weights = {**self._weights, **self._leaves}
+        values = [without_checkpoints(lambda: self._sum(weights, 0)).detach().double()]
         with torch.no_grad():
-            values = [self._sum(self._weights, 0).double() for _ in range(2)]
+            values.append(self._sum(self._weights, 0).double())
         if abs(values[0] - values[1]) > 1e-5 * abs(values[0]):
             raise SecondOrderError(
                 f"the model gives another loss each time ({values[0]:.8g}, then {values[1]:.8g})",
                 hint="Switch off what is random in its forward pass: curvature needs one function.",
             )
         self._checked = True
-
-
-def grad(
-    outputs: Any, inputs: list[Tensor], vectors: Any = None, *, create_graph: bool = False,
-    retain_graph: bool | None = None, unused: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Differentiate; with `unused`, None stands for what autograd has nothing to say about, else zeros."""
-    return torch.autograd.grad(
-        outputs, inputs, vectors, create_graph=create_graph, retain_graph=retain_graph,
-        **({"allow_unused": True} if unused else {"materialize_grads": True}),
-    )  # fmt: skip
-
-
-def widen(outputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return outputs in the type to compute in: models may give logits in another."""
-    return outputs.to(dtype)
 
 
 def _describe(batch: Any) -> str:

@@ -9,7 +9,7 @@ multiplies by them. Everything else is left to autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,66 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-
-class Target:
-    """Where weight-sized products go during one pass over a kept graph.
-
-    Args:
-        slices: Slice of the flat vector by parameter name.
-        leaves: The parameters by name.
-    """
-
-    def __init__(self, slices: Mapping[str, slice], leaves: Mapping[str, Tensor]) -> None:
-        self._slices = {id(leaf): slices[name] for name, leaf in leaves.items()}
-        self.flat: Tensor | None = None
-        self.written: set[int] = set()
-        # Only the way of J v to the placeholder is wanted: weights and activations need nothing.
-        self.tangents_only = False
-
-    def knows(self, weight: object) -> bool:
-        """Return whether a tensor is one of the parameters."""
-        return id(weight) in self._slices
-
-    def open(self, flat: Tensor) -> None:
-        """Begin a product: what is in `flat` does not count until it is written."""
-        self.flat, self.written = flat, set()
-
-    def close(self) -> Tensor:
-        """End a product and return it."""
-        assert self.flat is not None
-        flat, self.flat = self.flat, None
-        return flat
-
-    def add(self, key: int, shape: torch.Size, left: Tensor, right: Tensor) -> None:
-        """Add left^T right to the slice of a weight."""
-        assert self.flat is not None
-        where = self.flat[self._slices[key]].view(shape)
-        if key in self.written:
-            where.addmm_(left.T, right)
-        else:
-            torch.mm(left.T, right, out=where)
-            self.written.add(key)
-
-    def add_rows(self, key: int, shape: torch.Size, rows: Tensor, values: Tensor) -> None:
-        """Add values `[n, d]` to the given rows `[n]` of a weight's slice."""
-        assert self.flat is not None
-        where = self.flat[self._slices[key]].view(shape)
-        if key not in self.written:
-            where.zero_()
-            self.written.add(key)
-        where.index_add_(0, rows, values)
-
-    def finish(self, leaves: Mapping[str, Tensor], parts: tuple[Tensor | None, ...]) -> None:
-        """Add what autograd gave for each parameter, and clear what nobody wrote."""
-        assert self.flat is not None
-        for leaf, part in zip(leaves.values(), parts, strict=True):
-            where = self.flat[self._slices[id(leaf)]]
-            if id(leaf) not in self.written:
-                self.written.add(id(leaf))
-                where.zero_() if part is None else where.copy_(part.reshape(-1))
-            elif part is not None:
-                where += part.reshape(-1)
-
+from specdef.curvature.target import Target
 
 ACTIVATIONS = frozenset(
     {functional.silu, functional.gelu, functional.softplus, functional.elu, functional.mish}
@@ -110,9 +51,13 @@ class FusedLayers(TorchFunctionMode):
     ) -> Any:
         """Replace `linear(x, W, b)` and `embedding(ids, W)`; pass everything else on."""
         kwargs = kwargs or {}
+        if torch._C._are_functorch_transforms_active():  # the model calls vmap, grad or jvp
+            return func(*args, **kwargs)
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
         if func is functional.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
-            if self.target.knows(weight) and x.dtype == weight.dtype:
+            if self.target.knows(weight) and weight.ndim == 2 and not _autocast(x, weight):
                 out = _Linear.apply(x, weight, id(weight), self.target)  # type: ignore[no-untyped-call]
                 return out if bias is None else out + bias
         if func is functional.embedding:
@@ -131,6 +76,15 @@ def _embedding_arguments(
 ) -> tuple[Tensor, Tensor, int | None, bool]:  # fmt: skip
     plain = max_norm is None and not scale_grad_by_freq and not sparse
     return input, weight, padding_idx, plain and (padding_idx is None or padding_idx >= 0)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return g v / |v|; torch's own has a wrong second derivative (2.13, CPU)."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _autocast(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 def _linear_arguments(
@@ -174,6 +128,16 @@ class _LinearBackward(torch.autograd.Function):
     def backward(ctx: Any, ux: Tensor | None, uw: Tensor | None) -> tuple[Any, ...]:
         x, weight, dy = ctx.saved_tensors
         by_x = by_weight = by_dy = None
+        if (
+            torch.is_grad_enabled()
+        ):  # the model differentiates itself: one derivative more than usual
+            if uw is not None:
+                by_x, by_dy = dy @ uw, functional.linear(x, uw)
+            if ux is not None:
+                by_weight = _rows(dy).T @ _rows(ux)
+                through = functional.linear(ux, weight)
+                by_dy = through if by_dy is None else by_dy + through
+            return by_x, by_weight, by_dy, None, None
         if ctx.needs_input_grad[2]:
             if uw is not None:
                 by_dy = torch.mm(_rows(x), uw.T, out=_large(ctx, dy))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -51,6 +52,50 @@ def twice_differentiable() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def plain_autograd(device: torch.device) -> Iterator[None]:
+    """Record in full precision for a block, whatever the caller has set: no_grad, inference mode, autocast."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):  # fmt: skip
+        yield
+
+
+def without_checkpoints(function: Callable[[], Tensor]) -> Tensor:
+    """Evaluate a function of the model, and refuse what computes it again in the backward pass.
+
+    Activation checkpointing would do so at the model's own weights, and without the types and kernels asked for here:
+    derivatives at other weights are then wrong, or zero, in silence.
+
+    Args:
+        function: Gives a tensor with its graph.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        SecondOrderError: The model checkpoints activations, or changes how they are saved.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
+            value = function()
+    except RuntimeError as error:
+        if str(error) != _HOOKS:
+            raise
+        raise _checkpointed() from error
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([value])):
+        raise _checkpointed()
+    return value
+
+
+_HOOKS = "specdef: hooks on saved tensors"
+
+
+def _checkpointed() -> SecondOrderError:
+    return SecondOrderError(
+        "the model checkpoints its activations or hooks into how autograd saves them",
+        hint="Switch it off, in transformers by model.gradient_checkpointing_disable().",
+    )
+
+
 def check_twice_differentiable(gradients: Iterable[Tensor]) -> None:
     """Look for operations that are marked as differentiable once only.
 
@@ -62,12 +107,17 @@ def check_twice_differentiable(gradients: Iterable[Tensor]) -> None:
     Raises:
         SecondOrderError: There is one.
     """
-    stack = [g.grad_fn for g in gradients if g.grad_fn is not None]
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
+        raise _once_only("an operation is marked once_differentiable")
+
+
+def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
+    """Yield every node of a graph once."""
+    stack = [out.grad_fn for out in outputs if out.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
-        if node.name() == "torch::autograd::Error":
-            raise _once_only("an operation is marked once_differentiable")
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
@@ -155,6 +205,22 @@ class _Runner(nn.Module):
         return self._function(self.model)
 
 
+def grad(
+    outputs: Any, inputs: list[Tensor], vectors: Any = None, *, create_graph: bool = False,
+    retain_graph: bool | None = None, unused: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Differentiate; with `unused`, None stands for what autograd has nothing to say about, else zeros."""
+    return torch.autograd.grad(
+        outputs, inputs, vectors, create_graph=create_graph, retain_graph=retain_graph,
+        **({"allow_unused": True} if unused else {"materialize_grads": True}),
+    )  # fmt: skip
+
+
+def widen(outputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return outputs in the type to compute in: models may give logits in another."""
+    return outputs.to(dtype)
+
+
 class OverLimit(Exception):
     """A graph would hold more memory than allowed."""
 
@@ -193,7 +259,7 @@ class GraphMemory:
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 yield
-        except OverLimit:
+        except (OverLimit, RuntimeError):
             self.used = before
             raise
 

@@ -163,7 +163,8 @@ class MSELoss(Loss):
 
     @staticmethod
     def _difference(outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.numel() != targets.numel():
+        # Dimensions of 1 may differ; others must not, as a reshape would mix them up.
+        if [d for d in outputs.shape if d != 1] != [d for d in targets.shape if d != 1]:
             raise SpecDefError(
                 f"MSELoss: outputs {list(outputs.shape)} and targets {list(targets.shape)} do not match",
                 hint="Give one target for every element of the output.",

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from specdef.curvature.base import CurvatureOperator as CurvatureOperator
-from specdef.curvature.base import grad, widen
 from specdef.curvature.fused import FusedLayers
-from specdef.curvature.graph import check_twice_differentiable
+from specdef.curvature.graph import check_twice_differentiable, grad, widen
 from specdef.curvature.losses import Batch, Loss
 from specdef.curvature.parameters import Params
 
@@ -162,7 +161,7 @@ class EmpiricalFisherOperator(_OutputOperator):
         if self.per == "term":
             # A term's gradient lives in its own row of outputs; with one element per term, in that element.
             inner = gradient * u
-            if outputs.ndim > targets.ndim:
+            if outputs.numel() > targets.numel():
                 inner = inner.sum(-1, keepdim=True)
             return torch.mul(gradient, inner, out=out)
         rows, counts = gradient.reshape(len(targets), -1), self._counts[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -72,7 +73,7 @@ def load_batches(
     if task == "image-classification":
         from specdef.data.images import image_batches, read_arrays
 
-        if Path(data).suffix.lower() == ".npz" and Path(data).is_file():
+        if Path(data).suffix.lower() == ".npz" and os.path.isfile(data):
             records = read_arrays(Path(data), config)
         else:
             records = read_records(data, split=split)

@@ -186,6 +186,11 @@ def _picture(value: Any, place: str, config: Any) -> Any:
                 )
             picture = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
         with picture:
+            if picture.mode == "F" or picture.mode.startswith("I"):
+                raise SpecDefError(
+                    f"{place}: the picture has more than 8 bits per channel.",
+                    hint="Convert it to 8 bits, or give prepared floats in a .npz file.",
+                )
             return picture.convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SpecDefError(

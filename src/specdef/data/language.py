@@ -105,7 +105,7 @@ def text_of(records: Records, i: int, column: str) -> str:
         The text.
 
     Raises:
-        SpecDefError: It is no string.
+        SpecDefError: It is no string, or not valid Unicode.
     """
     value = records.rows[i].get(column)
     if not isinstance(value, str):
@@ -113,6 +113,13 @@ def text_of(records: Records, i: int, column: str) -> str:
             f'{records.places(i)}: no string under "{column}".',
             hint=f"Give every row a string under {column}.",
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a pair, which no tokenizer takes
+        raise SpecDefError(
+            f'{records.places(i)}: the string under "{column}" has half of a surrogate pair.',
+            hint="Write the character itself, or both halves.",
+        ) from error
     return value
 
 

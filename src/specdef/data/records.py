@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def read_records(data: str | Path, *, split: str | None = None) -> Records:
     """
     path = Path(data)
     packaged = data in TEXTS
-    if not (packaged or path.exists()):
+    if not (packaged or os.path.exists(path)):  # Path.exists raises where a name is too long
         raise SpecDefError(
             f"{path}: there is no such file or folder.",
             hint=f"Give a path, or the name of a packaged text: {', '.join(TEXTS)}. Data sets of the hub are not "
