@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import specdef
 from specdef.errors import CertificateMismatch
+from specdef.lock.key import decode_residual, encode_residual
 
 
 @pytest.fixture
@@ -101,3 +102,14 @@ def test_the_key_is_never_readable_by_others(locked, tmp_path, monkeypatch):
     path = specdef.load_key(locked[2]).save(tmp_path / "copy.safetensors")
     assert modes == [0o600] and path.stat().st_mode & 0o777 == 0o600
     assert torch.equal(load_file(path)["scalings"], load_file(locked[2])["scalings"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_residual_of_a_key_is_exact_in_every_float_type(dtype):
+    """In float64 the order of negative numbers once overflowed."""
+    original = torch.randn(500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    original[:4] = torch.tensor([0.0, -0.0, 1e-300, -1e-300], dtype=torch.float64).to(dtype)
+    rebuilt = (original.double() * (1 + 1e-12)).to(dtype)
+    rebuilt[0] = -0.0
+    again = decode_residual(encode_residual(original, rebuilt), rebuilt)
+    assert torch.equal(again.view(torch.uint8), original.view(torch.uint8))

@@ -14,6 +14,7 @@ from torch import Tensor
 from specdef.cli.analysis import Progress, Workload
 from specdef.curvature.operators import HessianOperator
 from specdef.errors import SpecDefError
+from specdef.rates.krylov import Shared
 from specdef.rates.predict import DEFAULT_SHARE, predict_convergence
 from specdef.rates.prediction import Prediction, slowdown
 
@@ -96,12 +97,12 @@ def outcomes(
             f"{work.loaded.folder}: the loss on this data is {loss}, so a tenth of it is no target.",
             hint="Give --target.",
         )
-    predictions, drawn = {}, {}
+    predictions, drawn, shared = {}, {}, Shared()
     for name in names:
         progress.phase(f"{name} on {what}" if what else name)
         found = predict_convergence(
             H, gradient, name, target=target, num_steps=num_steps, learning_rates=rates, loss=loss, max_steps=max_steps,
-            seed=seed,
+            seed=seed, shared=shared,
         )  # fmt: skip
         if curves and math.isfinite(found.best_learning_rate):
             # As far as the target: the quadratic model is not meant to hold beyond.

@@ -32,6 +32,7 @@ class Size(StrEnum):
 
     cpu = "cpu"
     smoke = "smoke"
+    full = "full"
 
 
 def reproduce(
@@ -46,7 +47,10 @@ def reproduce(
         Path, typer.Option(help="Folder for NAME.json, NAME.png and NAME.txt; made if absent.")
     ] = Path("results"),
     size: Annotated[
-        Size, typer.Option(help="cpu takes minutes; smoke takes seconds and shows that it runs.")
+        Size,
+        typer.Option(
+            help="cpu takes minutes; smoke takes seconds and shows that it runs; full, for calibration, takes SmolLM2."
+        ),
     ] = Size.cpu,
     seeds: Annotated[
         int | None,
@@ -61,6 +65,10 @@ def reproduce(
     if seeds is not None and seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}.")
     name = experiment.value
+    if size is Size.full and name != "calibration":
+        raise ValueError(
+            f"--size full is for calibration, not for {name}: cpu is the paper's own size."
+        )
     from specdef.weights.atomic import atomic_file, refuse_existing
 
     files = [out / f"{name}.{suffix}" for suffix in ("json", "png", "txt")]

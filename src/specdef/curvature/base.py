@@ -36,7 +36,8 @@ from specdef.errors import SecondOrderError, SpecDefError, StaleGraphError
 class CurvatureOperator(SymmetricOperator):
     """A symmetric matrix of second derivatives, or one like it, of the mean loss of a model on given data.
 
-    The model runs in evaluation mode and is never changed. Frozen and unselected parameters are constants.
+    The model runs in evaluation mode and is never changed. Frozen and unselected parameters are constants. A change of the
+    weights raises StaleGraphError, but `p.data.add_()` leaves no trace.
 
     Args:
         model: Any module; transformers models give logits.
@@ -216,11 +217,9 @@ class CurvatureOperator(SymmetricOperator):
             try:
                 with self._memory.count(free):
                     return self._build(index), True
-            except (
-                OverLimit,
-                RuntimeError,
-            ):  # too large, out of memory, or not countable as in torch.func
-                self._memory.limit = self._memory.used  # later batches need not try
+            except (OverLimit, RuntimeError):
+                # Too large, out of memory, or not countable as in torch.func: later batches need not try.
+                self._memory.limit = self._memory.used
         return self._build(index), False
 
     # --- private -----------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from specdef.curvature.eigenvalues import Eigenvalues
 from specdef.curvature.lanczos import LanczosRun, lanczos
 from specdef.curvature.linear import DeflatedOperator, SymmetricOperator
 
-# Points of a grid that is not given; a smoothing width is then about ten of its steps.
-_POINTS = 1001
+_POINTS = 1001  # of a grid that is not given; a smoothing width is then about ten of its steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +177,7 @@ def spectral_density(
     seed: int = 0,
     deflate: Eigenvalues | None = None,
     runs: Sequence[LanczosRun] = (),
-    reorthogonalize: bool = False,
+    reorthogonalize: bool | None = None,
 ) -> SpectralDensity:
     """Estimate how the eigenvalues of a symmetric operator are distributed.
 
@@ -187,10 +186,10 @@ def spectral_density(
 
         (1/n) sum_i f(values_i) + (n - k)/n mean of sum_j w_j f(l_j),    Lanczos on (I - Q Q^T) A (I - Q Q^T) from (I - Q Q^T) v.
 
-    Outliers then cost no steps and add no noise between probes. A bulk below `floor` needs an operator of float64.
+    Outliers then cost no steps and add no noise. A bulk below `floor` needs float64.
 
-    Cost: num_probes * num_steps products, less those of `runs`. Memory: 5 vectors, or num_steps + 4 with `reorthogonalize`.
-    Without, ghost nodes share the weight of the true ones (Greenbaum 1989) and cost a step each.
+    Cost: num_probes * num_steps products, less those of `runs`. Memory: 5 vectors, or num_steps + 4 with `reorthogonalize`;
+    without, ghost nodes share the weight of the true ones (Greenbaum 1989).
 
     Args:
         operator: A.
@@ -201,7 +200,8 @@ def spectral_density(
         runs: Lanczos runs on A itself from Gaussian vectors, with full re-orthogonalisation, like `Eigenvalues.run`: each
             is a probe that is already paid. All its steps are used, and it is resumed to `num_steps` if it has kept its
             basis. With `deflate`, nodes that stand for deflated eigenvalues are taken out.
-        reorthogonalize: Whether Lanczos keeps its basis orthogonal: 2 passes over j vectors in step j, dear where num_steps is large.
+        reorthogonalize: Keep the basis orthogonal. By default in float64 alone: on a spectrum of many decades ghosts use up
+            the steps and lose the small end.
 
     Returns:
         The density.
@@ -224,10 +224,13 @@ def spectral_density(
         raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
     if deflate is not None and (deflate.vectors is None or len(deflate.values) >= n):
         raise ValueError("deflate must have its vectors, and leave at least one eigenvalue.")
-    deflated = torch.zeros(0, dtype=torch.float64) if deflate is None else deflate.values
-    bulk = operator
+    full = operator.dtype == torch.float64 if reorthogonalize is None else reorthogonalize
+    deflated, bulk = (
+        torch.zeros(0, dtype=torch.float64) if deflate is None else deflate.values,
+        operator,
+    )
     if deflate is not None:
-        assert deflate.vectors is not None
+        assert deflate.vectors is not None  # checked above
         bulk = DeflatedOperator(operator, deflate.vectors)
     rules, spent = [], 0
     for run in runs:
@@ -247,7 +250,7 @@ def spectral_density(
             start = bulk.project(start.to(bulk.basis))
         # The deflated vectors may span the very vector that they were found from.
         if norm(start) > 1e-6:
-            run = lanczos(bulk, start, m, reorthogonalize=reorthogonalize, keep_basis=False)
+            run = lanczos(bulk, start, m, reorthogonalize=full, keep_basis=False)
             spent += run.num_matvecs
             rules.append(run.nodes_and_weights())
     nodes, weights = zip(*rules, strict=True)

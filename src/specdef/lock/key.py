@@ -254,14 +254,13 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _order(values: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
     bits = values.contiguous().view(_INTEGERS[values.element_size()]).to(torch.int64).numpy()
     lowest = -(1 << (8 * values.element_size() - 1))
-    return np.where(
-        bits >= 0, bits, lowest - 1 - bits
-    )  # -0.0 counts as -1, so that it stays apart from +0.0
+    # -0.0 counts as -1, so that it stays apart from +0.0. lowest - 1 alone would not fit 64 bits.
+    return np.where(bits >= 0, bits, lowest - (bits + 1))
 
 
 def _from_order(order: np.ndarray[Any, np.dtype[np.int64]], like: Tensor) -> Tensor:
     lowest = -(1 << (8 * like.element_size() - 1))
-    bits = np.where(order >= 0, order, lowest - 1 - order)
+    bits = np.where(order >= 0, order, lowest - (order + 1))
     return (
         torch.from_numpy(bits)
         .to(_INTEGERS[like.element_size()])

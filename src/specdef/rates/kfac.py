@@ -49,11 +49,18 @@ class KroneckerFactors:
     Args:
         operator: Model, data and loss; parameters it leaves out are left out here.
         damping: Added to every eigenvalue of a block.
+
+    `uncovered` names the matrices without a block: of embeddings, and of layers of other kinds.
     """
 
     def __init__(self, operator: CurvatureOperator, damping: float) -> None:
         self.damping = damping
         self._blocks = [_block(operator, *found) for found in _moments(operator)]
+        covered = {block.weight.start for block in self._blocks}
+        self.uncovered = [
+            name for name, p in operator.parameters.items()
+            if p.ndim > 1 and operator.slices[name].start not in covered
+        ]  # fmt: skip
 
     @property
     def num_layers(self) -> int:

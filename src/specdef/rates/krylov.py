@@ -127,3 +127,37 @@ def steepest(operator: SymmetricOperator, seed: int, memory_limit: int) -> Steep
         converged=float(residuals[-1]) <= _LEAN_TOL * abs(float(values[-1])),
         num_matvecs=run.num_matvecs,
     )
+
+
+@final
+class Shared:
+    """What predictions for several optimisers have in common, computed when it is first asked for.
+
+    It belongs to one operator at one point: the caller keeps it no longer than the weights stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self._paths: dict[tuple[int, int], KrylovPath] = {}
+        self._steepest: dict[tuple[int, int], Steepest] = {}
+
+    @property
+    def num_matvecs(self) -> int:
+        """Products spent on what is here."""
+        paths = sum(path.num_matvecs for path in self._paths.values())
+        return paths + sum(found.num_matvecs for found in self._steepest.values())
+
+    def path(
+        self, operator: SymmetricOperator, start: Tensor, num_steps: int, memory_limit: int
+    ) -> KrylovPath:
+        """Return the gradient's Krylov space, see `KrylovPath`."""
+        key = (num_steps, memory_limit)
+        if key not in self._paths:
+            self._paths[key] = KrylovPath(operator, start, num_steps, memory_limit)
+        return self._paths[key]
+
+    def steepest(self, operator: SymmetricOperator, seed: int, memory_limit: int) -> Steepest:
+        """Return the largest eigenvalue, see `steepest`."""
+        key = (seed, memory_limit)
+        if key not in self._steepest:
+            self._steepest[key] = steepest(operator, seed, memory_limit)
+        return self._steepest[key]

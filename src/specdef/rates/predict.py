@@ -18,10 +18,11 @@ from specdef.curvature.linear import SymmetricOperator
 from specdef.errors import SpecDefError
 from specdef.rates.adaptive import AdaptiveOptimizer
 from specdef.rates.kfac import KroneckerFactors, PreconditionedOperator
-from specdef.rates.krylov import KrylovPath, steepest
+from specdef.rates.krylov import Shared, steepest
 from specdef.rates.linear import KFAC, LinearOptimizer, Optimizer
 from specdef.rates.optimizers import resolve
-from specdef.rates.prediction import Prediction, Question
+from specdef.rates.prediction import Prediction as Prediction
+from specdef.rates.prediction import Question
 from specdef.rates.quadratic import (
     Quadratic,
     best_rate_for_target,
@@ -57,11 +58,12 @@ def predict_convergence(
     lambda_max: float | None = None,
     memory_limit: int = 4 * 2**30,
     seed: int = 0,
+    shared: Shared | None = None,
 ) -> Prediction:
     """Predict the largest stable rate, the best rate, and the steps to a target, without training.
 
-    Stable rate, methods with constant coefficients (and K-FAC): c / lambda_max with the method's constant c, or the rate at
-    which the first step raises the loss, where that is smaller. Above c / lambda_max the steepest direction is no longer
+    Stable rate, methods with constant coefficients (and K-FAC): c / lambda_max with the method's constant c, or for a model
+    the rate at which the first step raises the loss, where that is smaller. Above c / lambda_max the steepest direction is no longer
     contracted and the loss stops descending smoothly; networks, unlike quadratics, often go on training there (Cohen et
     al. 2021, arXiv 2103.00065): `stable_range` ends where the first step already fails. lambda_max is sought from a
     random start as well, since the gradient may hardly see the direction that turns unstable.
@@ -89,6 +91,8 @@ def predict_convergence(
         memory_limit: Bytes for bases of vectors. Where they do not fit, the vectors are made a second time when they are
             needed, the steepest direction is not looked along, and the model of an adaptive method has a lower rank.
         seed: Of the random start for lambda_max.
+        shared: Takes what it needs from here and leaves it here: for several optimisers on one operator at one point, which
+            then pay for one Lanczos run between them.
 
     Returns:
         The prediction, with its own verdict on itself.
@@ -130,7 +134,7 @@ def predict_convergence(
     if isinstance(optimizer, AdaptiveOptimizer):
         return predict_adaptive(operator, g, optimizer, landscape, question)
     assert isinstance(optimizer, LinearOptimizer)
-    return _predict_linear(operator, g, optimizer, landscape, question)
+    return _predict_linear(operator, g, optimizer, landscape, question, shared or Shared())
 
 
 def _predict_linear(
@@ -139,13 +143,17 @@ def _predict_linear(
     optimizer: LinearOptimizer,
     landscape: Landscape,
     question: Question,
+    shared: Shared,
 ) -> Prediction:
     # P^-1/2, and the matrix that the method sees; both the identity's but for K-FAC.
     root, seen = _preconditioned(operator, optimizer)
     start = root(g)
-    krylov = KrylovPath(seen, start, question.num_steps, question.memory_limit)
+    if isinstance(optimizer, KFAC):
+        shared = Shared()
+    before = shared.num_matvecs
+    krylov = shared.path(seen, start, question.num_steps, question.memory_limit)
     run, model = krylov.run, Quadratic.from_run(krylov.run)
-    top = steepest(seen, question.seed, question.memory_limit) if question.lambda_max is None else None  # fmt: skip
+    top = shared.steepest(seen, question.seed, question.memory_limit) if question.lambda_max is None else None  # fmt: skip
     known = top.value if top else question.lambda_max or 0.0
     lambda_max = max(float(model.nodes[-1]), known)
     target = question.target or model.reachable / 2 or model.gradient_norm**2
@@ -155,7 +163,8 @@ def _predict_linear(
     first = -float(psi) * root(start)
     guess = limit if math.isfinite(limit) else target / float(start @ start)
     line = largest_step(lambda rate: landscape.change(rate * first), guess)
-    stable = min(limit, line)
+    # A bare matrix is its own model, on which the theory is exact; momentum may overshoot there, and converges.
+    stable = min(limit, line) if landscape.is_true else limit
     # Steps: at the rates given, or at the best below the limit.
     steps: tuple[float, ...] = ()
     best, fewest, notes = math.nan, math.inf, []
@@ -188,6 +197,9 @@ def _predict_linear(
         notes.append("" if top.converged else "the largest eigenvalue has not converged")
         if top.vector is not None:
             notes.append(check_curvature(landscape, root(top.vector), known, target))
+    if isinstance(seen, PreconditionedOperator) and seen.factors.uncovered:
+        left = seen.factors.uncovered
+        notes.append(f"K-FAC has no block for {len(left)} of the matrices ({left[0]}, …), which gradient descent trains")  # fmt: skip
     reason = join([verdict.reason, *notes])
     return Prediction(
         optimizer=optimizer,
@@ -207,7 +219,7 @@ def _predict_linear(
         trustworthy=not reason,
         reason=reason,
         error_estimate=verdict.error,
-        num_matvecs=krylov.num_matvecs + (top.num_matvecs if top else 0),
+        num_matvecs=shared.num_matvecs - before,
         num_losses=landscape.num_losses,
         decrease_after=lambda rate, t: decrease(model, optimizer, rate, torch.arange(t + 1))[0],
     )
