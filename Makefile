@@ -13,6 +13,8 @@ DEMO_ARGS   ?=
 
 # One thread: the tests' tensors are small, and two torch threads on a busy two-core machine are up to six times slower.
 THREADS ?= 1
+# Processes that run the tests, of one thread each.
+WORKERS ?= 2
 export OMP_NUM_THREADS := $(THREADS)
 export MKL_NUM_THREADS := $(THREADS)
 export TOKENIZERS_PARALLELISM := false
@@ -51,7 +53,7 @@ lint: $(DEV) ## Check style, format and types
 	$(PY) -m mypy
 
 test: lint ## Check style and types, then run the tests (PYTEST_ARGS="-k name")
-	HF_HUB_OFFLINE=1 $(PY) -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 demo: $(DEMO) ## Lock, verify and attack SmolLM2-135M on this machine (about 100 MB to fetch once)
 	HF_HUB_OFFLINE=1 $(PY) -m specdef.experiments.demo $(DEMO_ARGS)

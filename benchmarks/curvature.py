@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import re
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from specdef.curvature.basis import gaussian_vectors
 from specdef.curvature.density import spectral_density
 from specdef.curvature.eigenvalues import top_eigenvalues
 from specdef.curvature.lanczos import lanczos
@@ -145,13 +147,21 @@ def flat(tensors: Any) -> Tensor:
 
 
 def pyhessian_eigenvalues(
-    model: nn.Module, data: dict[str, Tensor], gradient: float, k: int
+    model: nn.Module, data: dict[str, Tensor], price: float, k: int
 ) -> dict[str, Any] | None:
-    """Run PyHessian's power iteration with deflation as it stands, at its own tolerance 1e-3."""
+    """Run PyHessian's power iteration with deflation as it stands, at its own tolerance 1e-3, and count its products."""
     try:
-        hessian = importlib.import_module("pyhessian").hessian
+        module = importlib.import_module("pyhessian.hessian")
     except ImportError:
         return None
+    product, count = module.hessian_vector_product, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return product(*args)
+
+    module.hessian_vector_product = counted
 
     class Logits(nn.Module):
         def __init__(self) -> None:
@@ -165,10 +175,9 @@ def pyhessian_eigenvalues(
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        start = time.perf_counter()
-        one = hessian(Logits(), nn.CrossEntropyLoss(), data=(data["input_ids"], data["labels"][:, 1:].flatten()), cuda=False)  # fmt: skip
+        one = module.hessian(Logits(), nn.CrossEntropyLoss(), data=(data["input_ids"], data["labels"][:, 1:].flatten()), cuda=False)  # fmt: skip
         values, _ = one.eigenvalues(maxIter=100, tol=1e-3, top_n=k)
-        return {"gradients": (time.perf_counter() - start) / gradient, "values": values}
+    return {"matvecs": count, "gradients": count * price, "values": values}
 
 
 def curvlinops_eigenvalues(operator: Any, n: int, gradient: float, k: int) -> dict[str, Any]:
@@ -270,7 +279,14 @@ def main() -> None:
         density = spectral_density(hessian, num_probes=2, num_steps=64)
         record["slq_64x2"] = {"gradients": (time.perf_counter() - start) / one, "matvecs": density.num_matvecs}  # fmt: skip
         mean, second = trace(exact, 20, seed=5), frobenius_norm_squared(exact, 20, seed=6)
+        # A rule of m nodes has the first moments of its own probe exactly.
+        probe = next(gaussian_vectors(hessian, 0)).double()
+        probe /= float(probe.norm())
+        image = exact @ probe
+        own = [float(probe @ image), float(image @ image)]
+        rule = [float(density.weights[0] @ density.nodes[0] ** power) for power in (1, 2)]
         record["slq_64x2"] |= {
+            "moments_of_first_probe": rule, "moments_of_first_probe_reference": own,
             "trace": n * density.moment(1)[0], "trace_reference": [mean.value, mean.standard_error],
             "frobenius_squared": n * density.moment(2)[0], "frobenius_squared_reference": [second.value, second.standard_error],
         }  # fmt: skip
@@ -281,7 +297,9 @@ def main() -> None:
         record["top_5_and_slq_64x2_sharing_a_run"] = {
             "gradients": (time.perf_counter() - shared) / one, "matvecs": found.num_matvecs + density.num_matvecs,
         }  # fmt: skip
-        record["PyHessian_top_5"] = pyhessian_eigenvalues(model, data, one, 5)
+        record["PyHessian_top_5"] = pyhessian_eigenvalues(
+            model, data, products.get("Hessian, PyHessian", math.nan), 5
+        )
         print(json.dumps(record["PyHessian_top_5"], indent=1), flush=True)
         with suppress(ImportError, NotImplementedError), sdpa_kernel(SDPBackend.MATH):
             curvlinops = importlib.import_module("curvlinops")

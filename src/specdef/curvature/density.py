@@ -197,9 +197,8 @@ def spectral_density(
         num_steps: Products for each; fewer where the dimension is smaller or the Krylov space exhausted.
         seed: Of the random vectors. The first is the one that `top_eigenvalues` starts from with this seed.
         deflate: Eigenvalues of A with their vectors.
-        runs: Lanczos runs on A itself from Gaussian vectors, with full re-orthogonalisation, like `Eigenvalues.run`: each
-            is a probe that is already paid. All its steps are used, and it is resumed to `num_steps` if it has kept its
-            basis. With `deflate`, nodes that stand for deflated eigenvalues are taken out.
+        runs: Re-orthogonalised Lanczos runs on A from Gaussian vectors, like `Eigenvalues.run`: probes already paid. All
+            their steps are used; those with a basis are resumed to `num_steps`. `deflate` takes its nodes out of them.
         reorthogonalize: Keep the basis orthogonal. By default in float64 alone: on a spectrum of many decades ghosts use up
             the steps and lose the small end.
 
@@ -225,10 +224,8 @@ def spectral_density(
     if deflate is not None and (deflate.vectors is None or len(deflate.values) >= n):
         raise ValueError("deflate must have its vectors, and leave at least one eigenvalue.")
     full = operator.dtype == torch.float64 if reorthogonalize is None else reorthogonalize
-    deflated, bulk = (
-        torch.zeros(0, dtype=torch.float64) if deflate is None else deflate.values,
-        operator,
-    )
+    deflated = torch.zeros(0, dtype=torch.float64) if deflate is None else deflate.values
+    bulk = operator
     if deflate is not None:
         assert deflate.vectors is not None  # checked above
         bulk = DeflatedOperator(operator, deflate.vectors)
