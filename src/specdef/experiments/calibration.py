@@ -68,7 +68,7 @@ SIZES: dict[str, Settings] = {
     "cpu": Settings(families=("mlp", "cnn", "resnet", "gpt2", "llama")),
     "smoke": Settings(families=("mlp", "gpt2"), locks=1),
     "full": Settings(
-        families=("smollm2",), locks=2, optimizers=("gd", "adamw"), steps=20, ratio=1.3, parts=(4, 32), max_steps=60, lanczos_steps=20
+        families=("smollm2",), locks=1, optimizers=("gd", "adamw"), steps=20, ratio=1.4, parts=(4, 32), max_steps=60, lanczos_steps=20
     ),
 }  # fmt: skip
 """smoke: two families, one lock each. full: the last two blocks of SmolLM2-135M, some ten minutes."""
