@@ -180,15 +180,6 @@ def pyhessian_eigenvalues(
     return {"matvecs": count, "gradients": count * price, "values": values}
 
 
-def curvlinops_eigenvalues(operator: Any, n: int, gradient: float, k: int) -> dict[str, Any]:
-    """Run scipy's ARPACK on curvlinops' operator, the way its documentation shows, tolerance 1e-3."""
-    from scipy.sparse.linalg import eigsh
-
-    start = time.perf_counter()
-    values = eigsh(operator.to_scipy(), k=k, which="LM", tol=1e-3, return_eigenvectors=False)
-    return {"gradients": (time.perf_counter() - start) / gradient, "values": sorted(values.tolist(), key=lambda x: -abs(x))}  # fmt: skip
-
-
 def main() -> None:
     """Run the benchmark and write its record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -307,15 +298,6 @@ def main() -> None:
             model, data, products.get("Hessian, PyHessian", math.nan), 5
         )
         print(json.dumps(record["PyHessian_top_5"], indent=1), flush=True)
-        with suppress(ImportError, NotImplementedError), sdpa_kernel(SDPBackend.MATH):
-            curvlinops = importlib.import_module("curvlinops")
-            targets = data["labels"][:, 1:].flatten()
-            operator = curvlinops.HessianLinearOperator(
-                lambda ids: model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), nn.CrossEntropyLoss(),
-                [p for p in model.parameters()], [(data["input_ids"], targets)], check_deterministic=False, batch_size_fn=len,
-            )  # fmt: skip
-            record["curvlinops_top_5"] = curvlinops_eigenvalues(operator, n, one, 5)
-            print(json.dumps(record["curvlinops_top_5"], indent=1), flush=True)
     save()
 
 
