@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -171,6 +172,8 @@ class ForkServer:
 def _serve() -> None:
     import specdef
 
+    # A shell without job control starts what runs in the background deaf to SIGINT, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in specdef.__all__:  # everything imported before the first fork
         getattr(specdef, name)
     for line in sys.stdin:
