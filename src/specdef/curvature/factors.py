@@ -24,6 +24,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 from specdef.curvature.bounds import Bound, Law, chain_bound, rank_bound, repeated, top_k_bound
 from specdef.curvature.jacobians import Jacobians, float64_state, is_linear
+from specdef.curvature.parameters import flat_slices
 from specdef.curvature.subspace_bounds import abc_gap, abc_noted, abc_sequential, abc_subspace
 
 # Largest |J - A (I (x) W) C| / |J| taken for rounding: float64 leaves 1e-14 here, a skip connection some tenths.
@@ -186,10 +187,7 @@ def dense_hessian(
     """
     state = float64_state(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    slices, start = {}, 0
-    for name, p in trained.items():
-        slices[name] = slice(start, start + p.numel())
-        start += p.numel()
+    slices = flat_slices(trained)
 
     def loss(flat: Tensor) -> Tensor:
         moved = {name: flat[slices[name]].view(p.shape) for name, p in trained.items()}

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from specdef.curvature.base import CurvatureOperator
 from specdef.experiments.calibration_cases import Case, cases
 from specdef.experiments.record import Progress, claim, versions, write_record
+from specdef.rates.krylov import Shared
 from specdef.rates.measure import Criterion, largest_stable_rate, train
 from specdef.rates.predict import predict_convergence
 from specdef.rates.prediction import Prediction
@@ -126,7 +127,8 @@ def measure_case(case: Case, optimizer: str, settings: Settings = SIZES["smoke"]
     """
     operator = case.operator
     loss = operator.loss()
-    found = predict_convergence(operator, None, optimizer, target=SHARE * loss, num_steps=settings.lanczos_steps)  # fmt: skip
+    shared = Shared()
+    found = predict_convergence(operator, None, optimizer, target=SHARE * loss, num_steps=settings.lanczos_steps, shared=shared)  # fmt: skip
     criterion, steps = OPTIMIZERS[optimizer]
     other: Criterion = "bounded" if criterion == "smooth" else "smooth"
     stable = found.stable_learning_rate
@@ -157,16 +159,22 @@ def measure_case(case: Case, optimizer: str, settings: Settings = SIZES["smoke"]
             "trustworthy": found.trustworthy,
         },
         "steps": [
-            _steps(operator, optimizer, found, stable / part, settings) for part in settings.parts
+            _steps(operator, optimizer, found, stable / part, settings, shared)
+            for part in settings.parts
         ],
     }
 
 
 def _steps(
-    operator: CurvatureOperator, optimizer: str, found: Prediction, rate: float, settings: Settings
+    operator: CurvatureOperator,
+    optimizer: str,
+    found: Prediction,
+    rate: float,
+    settings: Settings,
+    shared: Shared,
 ) -> dict[str, Any]:
     known = None if math.isnan(found.lambda_max) else found.lambda_max
-    at = predict_convergence(operator, None, optimizer, target=found.target, learning_rates=[rate], lambda_max=known, num_steps=settings.lanczos_steps)  # fmt: skip
+    at = predict_convergence(operator, None, optimizer, target=found.target, learning_rates=[rate], lambda_max=known, num_steps=settings.lanczos_steps, shared=shared)  # fmt: skip
     run = train(operator, optimizer, rate, settings.max_steps, target=found.target)
     measured = run.steps_to(found.target)
     return {

@@ -63,10 +63,10 @@ def predict_convergence(
     """Predict the largest stable rate, the best rate, and the steps to a target, without training.
 
     Stable rate, methods with constant coefficients (and K-FAC): c / lambda_max with the method's constant c, or for a model
-    the rate at which the first step raises the loss, where that is smaller. Above c / lambda_max the steepest direction is no longer
-    contracted and the loss stops descending smoothly; networks, unlike quadratics, often go on training there (Cohen et
-    al. 2021, arXiv 2103.00065): `stable_range` ends where the first step already fails. lambda_max is sought from a
-    random start as well, since the gradient may hardly see the direction that turns unstable.
+    the rate at which the first step raises the loss, where that is smaller. Above c / lambda_max the steepest direction is
+    no longer contracted and the loss stops descending smoothly; networks, unlike quadratics, often go on training there
+    (Cohen et al. 2021, arXiv 2103.00065): `stable_range` ends where the first step already fails. lambda_max is sought
+    from a random start as well, since the gradient may hardly see the direction that turns unstable.
     Stable rate, adaptive methods: where the first step, lr times a known direction, does not raise the true loss.
 
     Steps: whole steps until the loss has fallen by `target`, at the best rate below the stable one. The error estimate
@@ -148,7 +148,7 @@ def _predict_linear(
     # P^-1/2, and the matrix that the method sees; both the identity's but for K-FAC.
     root, seen = _preconditioned(operator, optimizer)
     start = root(g)
-    if isinstance(optimizer, KFAC):
+    if seen is not operator:  # another matrix, which nobody else asks for
         shared = Shared()
     before = shared.num_matvecs
     krylov = shared.path(seen, start, question.num_steps, question.memory_limit)
