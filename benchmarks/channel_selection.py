@@ -25,7 +25,7 @@ from specdef.data.texts import load_text, token_batches
 from specdef.experiments.finetune import sweep
 from specdef.lock.calibrate import calibrated_scores
 from specdef.lock.channels import Channels
-from specdef.lock.lock import model_config, unique_tensors
+from specdef.lock.in_memory import model_config, unique_tensors
 from specdef.models.smollm2 import smollm2
 from specdef.symmetries import find_sites
 from specdef.symmetries.site import Site

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import specdef
 from specdef.errors import CertificateMismatch
-from specdef.lock.key import decode_residual, encode_residual
+from specdef.lock.residual import decode_residual, encode_residual
 
 
 @pytest.fixture

@@ -34,13 +34,15 @@ if TYPE_CHECKING:
     from specdef.lock.authorised import save_locked as save_locked
     from specdef.lock.certificate import LockCertificate as LockCertificate
     from specdef.lock.config import LockConfig as LockConfig
+    from specdef.lock.deformation.config import DeformationConfig as DeformationConfig
+    from specdef.lock.in_memory import LockedModel as LockedModel
+    from specdef.lock.in_memory import lock_model as lock_model
     from specdef.lock.key import Key as Key
     from specdef.lock.key import load_key as load_key
     from specdef.lock.load import load_model as load_model
-    from specdef.lock.lock import LockedModel as LockedModel
     from specdef.lock.lock import lock_checkpoint as lock_checkpoint
-    from specdef.lock.lock import lock_model as lock_model
     from specdef.lock.lock import plan_lock as plan_lock
+    from specdef.lock.restore import unlock_model as unlock_model
     from specdef.lock.unlock import unlock_checkpoint as unlock_checkpoint
     from specdef.lock.verify import Verification as Verification
     from specdef.lock.verify import verify_checkpoint as verify_checkpoint
@@ -62,9 +64,12 @@ _HOME = {
     "specdef.lock.authorised": ("authorised", "save_locked"),
     "specdef.lock.certificate": ("LockCertificate",),
     "specdef.lock.config": ("LockConfig",),
+    "specdef.lock.deformation.config": ("DeformationConfig",),
+    "specdef.lock.in_memory": ("LockedModel", "lock_model"),
     "specdef.lock.key": ("Key", "load_key"),
     "specdef.lock.load": ("load_model",),
-    "specdef.lock.lock": ("LockedModel", "lock_checkpoint", "lock_model", "plan_lock"),
+    "specdef.lock.lock": ("lock_checkpoint", "plan_lock"),
+    "specdef.lock.restore": ("unlock_model",),
     "specdef.lock.unlock": ("unlock_checkpoint",),
     "specdef.lock.verify": ("Verification", "verify_checkpoint"),
     "specdef.rates.predict": ("Prediction", "predict_convergence"),

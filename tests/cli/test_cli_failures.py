@@ -231,7 +231,7 @@ def test_locking_twice(run, locked, tmp_path, options):
 def test_nan_and_inf(run, locked, copy, tmp_path, method, value):
     folder = copy(locked.source)
     damage(folder, tensor="model.layers.0.mlp.up_proj.weight", value=value)
-    result = run("lock", folder, tmp_path / "out", "--method", method, "--scale", "64", "--k", "2")
+    result = run("lock", folder, tmp_path / "out", "--method", method, "--scale", "64")
     expect_bad_input(result, "NaN or Inf", "up_proj")
     assert {path.name for path in tmp_path.iterdir()} == {"copy"}
 

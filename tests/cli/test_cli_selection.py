@@ -65,8 +65,6 @@ def test_layers(run, locked, tmp_path, method):
         method,
         "--scale",
         "64",
-        "--k",
-        "2",
         "--layers",
         "1",
     )

@@ -77,6 +77,10 @@ def test_options_reach_the_experiment(run, tmp_path, monkeypatch) -> None:
         (["figure3"], "figure3"),
         ([], "xperiment"),
         (["figure1", "--size", "huge"], "huge"),
+        (
+            ["figure1", "--size", "full"],
+            "--size full is for calibration and deformation, not for figure1",
+        ),
         (["figure1", "--seeds", "0"], "--seeds must be at least 1"),
         (["calibration", "--seeds", "2"], "calibration takes one seed"),
         (["figure1", "--device", "meta"], "--device meta cannot be used"),

@@ -35,7 +35,8 @@ class Precision(StrEnum):
 
 
 Data = Annotated[
-    str, typer.Option("--data", help="sotu, moby-dick, or a data file or folder (docs/data.md).")
+    str,
+    typer.Option("--data", help="sotu, moby-dick, mnist, or a data file or folder (docs/data.md)."),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Rows per batch.")]
 NumBatches = Annotated[int, typer.Option("--num-batches", help="Batches.")]

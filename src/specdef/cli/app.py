@@ -15,6 +15,7 @@ from specdef.cli import spectrum as spectrum_verb
 from specdef.cli import unlock as unlock_verb
 from specdef.cli import verify as verify_verb
 from specdef.cli.common import report_error
+from specdef.cli.lock_options import GroupedHelp, LockCommand
 from specdef.errors import SpecDefError
 
 app = typer.Typer(
@@ -44,8 +45,8 @@ def _options(
 
 
 app.command("inspect")(inspect_verb.inspect)
-app.command("lock")(lock_verb.lock)
-app.command("verify")(verify_verb.verify)
+app.command("lock", cls=LockCommand)(lock_verb.lock)
+app.command("verify", cls=GroupedHelp)(verify_verb.verify)
 app.command("unlock")(unlock_verb.unlock)
 app.command("predict")(predict_verb.predict)
 app.command("spectrum")(spectrum_verb.spectrum)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specdef.cli import lock_options as option
 from specdef.cli.common import (
     Config,
     Device,
@@ -24,6 +25,8 @@ from specdef.cli.common import (
     progress_bar,
     say,
 )
+from specdef.cli.lock_options import Method
+from specdef.errors import SpecDefError
 
 if TYPE_CHECKING:
     from specdef.lock.certificate import LockCertificate
@@ -31,14 +34,6 @@ if TYPE_CHECKING:
 
 CHECK_BELOW = 2_000_000_000
 """Bytes of weights up to which outputs are compared after locking unless told otherwise."""
-
-
-class Method(StrEnum):
-    """Lock methods."""
-
-    absorbed = "absorbed"
-    compensated = "compensated"
-    scaled = "scaled"
 
 
 class Schedule(StrEnum):
@@ -62,7 +57,7 @@ def lock(
     method: Annotated[
         Method,
         typer.Option(
-            help="absorbed keeps outputs bit for bit; compensated inserts layers; scaled is for theory."
+            help="absorbed keeps outputs bit for bit; compensated inserts layers; deformation trains; scaled is for theory."
         ),
     ] = Method.absorbed,
     key: Annotated[
@@ -87,9 +82,7 @@ def lock(
             help="Text or JSONL file to choose channels on, or 'builtin'; without it they are chosen from the weights alone (absorbed)."
         ),
     ] = None,
-    k: Annotated[
-        int, typer.Option(help="Singular values scaled per matrix (compensated, scaled).")
-    ] = 25,
+    k: option.K = None,
     num_layers: Annotated[
         int, typer.Option(help="Blocks locked where --layers is not given (compensated, scaled).")
     ] = 5,
@@ -107,7 +100,7 @@ def lock(
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Compare outputs with the original [default: below 2 GB of weights].",
+            help="Compare outputs with the original [default: below 2 GB of weights, where they should be equal].",
         ),
     ] = None,
     sign: Annotated[
@@ -117,17 +110,83 @@ def lock(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and write nothing.")
     ] = False,
+    retain_weight: option.RetainWeight = 0.5,
+    retain_loss: option.RetainLoss = option.RetainLosses.task,
+    teacher: option.Teacher = option.Teachers.auto,
+    optimizer: option.Optimizer = option.Optimizers.adadelta,
+    learning_rate: option.LearningRate = None,
+    weight_decay: option.WeightDecay = 0.0,
+    lr_schedule: option.LrSchedule = option.RateSchedules.step,
+    gamma: option.Gamma = 0.7,
+    epochs: option.Epochs = 10,
+    steps: option.Steps = None,
+    max_grad_norm: option.MaxGradNorm = None,
+    embeddings: option.Embeddings = False,
+    train: option.Train = option.Trained.all,
+    target_sigma_max: option.TargetSigmaMax = None,
+    target_growth: option.TargetGrowth = None,
+    max_utility_loss: option.MaxUtilityLoss = "0.02",
+    patience: option.Patience = 3,
+    eval_every: option.EvalEvery = None,
+    checkpoint: option.Checkpoint = None,
+    resume: option.Resume = False,
+    plot: option.Plot = None,
+    retain: option.Retain = None,
+    batch_size: option.BatchSize = 32,
+    num_batches: option.NumBatches = 100,
+    eval_batches: option.EvalBatches = 10,
+    length: option.Length = 128,
+    split: option.Split = None,
+    heldout: option.Heldout = None,
+    heldout_split: option.HeldoutSplit = None,
+    columns: option.Columns = None,
+    task: option.Task = None,
     seed: Seed = 0,
     device: Device = "cpu",
     json: Json = False,
     config: Config = None,
 ) -> None:
-    """Lock a model: same outputs, but ill-conditioned for training."""
+    """Lock a model: ill-conditioned for training, with the same outputs or, by deformation, the same utility."""
+    if method is Method.deformation:
+        from specdef.cli.lock_deformation import Deformation
+        from specdef.cli.retain_data import RetainData
+        from specdef.lock.deformation.config import DeformationConfig
+
+        deformation = DeformationConfig(
+            retain_weight=retain_weight, k=1 if k is None else k, retain_loss=retain_loss.value, teacher=teacher.value,
+            optimizer=optimizer.value, learning_rate=learning_rate, weight_decay=weight_decay, lr_schedule=lr_schedule.value,
+            gamma=gamma, epochs=epochs, steps=steps, max_grad_norm=max_grad_norm, target_modules=parse_modules(target_modules),
+            layers=parse_layers(layers), embeddings=embeddings, train=train.value, target_sigma_max=target_sigma_max,
+            target_growth=target_growth, max_utility_loss=_floor(max_utility_loss), patience=patience,
+            eval_every=eval_every, seed=seed,
+        )  # fmt: skip
+        if retain is None:
+            raise SpecDefError(
+                "a deformation trains: it needs data of the task the model is to keep",
+                hint="Name it, like: specdef lock MODEL OUT --method deformation --retain train.jsonl",
+            )
+        data = RetainData(
+            retain=retain, heldout=heldout, batch_size=batch_size, num_batches=num_batches, eval_batches=eval_batches,
+            length=length, split=split, heldout_split=heldout_split, columns=columns, task=task, seed=seed,
+        )  # fmt: skip
+        folder = find_model(model, quiet=json)
+        job = Deformation(
+            folder=folder, out=out, recipe=deformation, data=data, source_name=_source_name(model, folder), key=key,
+            checkpoint=checkpoint, resume=resume, plot=plot, device=device,
+        )  # fmt: skip
+        if dry_run:
+            job.dry_run(as_json=json)
+            return
+        certificate, drawn = job.lock()
+        path = str(drawn) if drawn else None
+        _finish(folder, certificate, check, sign, device=device, as_json=json, files={"plot": path})
+        return
     from specdef.lock.config import LockConfig
 
     recipe = LockConfig(
-        method=method.value, scale=scale, min_scale=min_scale, schedule=schedule.value, power=power,
-        channel=channel.value, k=k, num_layers=num_layers, target_modules=parse_modules(target_modules),
+        method=method.value,  # type: ignore[arg-type]
+        scale=scale, min_scale=min_scale, schedule=schedule.value, power=power,
+        channel=channel.value, k=25 if k is None else k, num_layers=num_layers, target_modules=parse_modules(target_modules),
         layers=parse_layers(layers), storage_dtype=storage_dtype,
         max_relative_error=max_relative_error, seed=seed,
     )  # fmt: skip
@@ -143,7 +202,22 @@ def lock(
             folder, out, recipe, key_path=key, calibration=batches, source_name=_source_name(model, folder),
             progress=progress, status=None if json else status,
         )  # fmt: skip
-    certificate, identical = _check(folder, out, certificate, check, device=device, quiet=json)
+    _finish(folder, certificate, check, sign, device=device, as_json=json, files={})
+
+
+def _finish(
+    folder: Path,
+    certificate: LockCertificate,
+    check: bool | None,
+    sign: Path | None,
+    *,
+    device: str,
+    as_json: bool,
+    files: dict[str, str | None],
+) -> None:
+    """Compare outputs, sign, and say what was done."""
+    out = Path(certificate.certificate).parent
+    certificate, identical = _check(folder, out, certificate, check, device=device, quiet=as_json)
     if sign:
         from specdef.lock.signing import sign_folder
 
@@ -151,8 +225,8 @@ def lock(
     values = certificate.to_dict()
     for large in ("tensors", "files"):
         values.pop(large)
-    values["outputs_identical"] = identical
-    if json:
+    values |= {"outputs_identical": identical, **files}
+    if as_json:
         print_json(values)
     _summary(certificate)
     if certificate.bit_identical and identical is False:
@@ -161,6 +235,16 @@ def lock(
     if check and identical is None:
         say("FINDING: outputs could not be compared, though --check asks for it")
         raise typer.Exit(1)
+
+
+def _floor(text: str) -> float | None:
+    """Read --max-utility-loss."""
+    try:
+        return None if text.strip().lower() == "none" else float(text)
+    except ValueError:
+        raise SpecDefError(
+            f"--max-utility-loss takes a number like 0.02, or none, got {text!r}", hint="0.02 is two points of accuracy."
+        ) from None  # fmt: skip
 
 
 def _source_name(model: str, folder: Path) -> str:
@@ -253,7 +337,8 @@ def _check(
     from specdef.weights.checkpoint import Checkpoint
 
     if check is None:
-        check = certificate.method != "scaled" and Checkpoint.open(folder).nbytes < CHECK_BELOW
+        equal = certificate.method not in ("scaled", "deformation")
+        check = equal and Checkpoint.open(folder).nbytes < CHECK_BELOW
     if not check:
         return certificate, None
     results = []
@@ -292,6 +377,10 @@ def _summary(certificate: LockCertificate) -> None:
         f"locked {len(certificate.sites)} sites ({certificate.method}), {certificate.tensors_changed} of "
         f"{certificate.tensors_total} tensors changed, in {certificate.seconds:.1f} s"
     )
+    if certificate.training:
+        from specdef.cli.lock_deformation import say_training
+
+        say_training(certificate)
     say(
         f"sigma_max of the most deformed matrix: {certificate.sigma_max_before:.4g} -> {certificate.sigma_max_after:.4g}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,11 @@ from specdef.cli.common import (
     progress_bar,
     say,
 )
+
+
+def _measured(name: str, help: str) -> Any:
+    return typer.Option(name, help=help, rich_help_panel="Utility [default: as the lock recorded]")
+
 
 COMPARABLE = ("float64", "float32", "bfloat16", "float16")
 """Dtypes a model can be loaded in."""
@@ -37,6 +42,27 @@ def verify(
     public_key: Annotated[
         Path | None, typer.Option(help="Check the folder's signature with this key, PEM.")
     ] = None,
+    retain: Annotated[
+        str | None,
+        _measured("--retain", "Measure utility again: the data that a deformation retained."),
+    ] = None,
+    heldout: Annotated[
+        str | None, _measured("--heldout", "The same, where --heldout was given to lock.")
+    ] = None,
+    batch_size: Annotated[int | None, _measured("--batch-size", "Rows per batch.")] = None,
+    num_batches: Annotated[
+        int | None, _measured("--num-batches", "Batches that were trained on.")
+    ] = None,
+    eval_batches: Annotated[int | None, _measured("--eval-batches", "Held-out batches.")] = None,
+    length: Annotated[int | None, _measured("--length", "Tokens per row of text, at most.")] = None,
+    split: Annotated[str | None, _measured("--split", "Part of --retain.")] = None,
+    heldout_split: Annotated[str | None, _measured("--heldout-split", "Part of --heldout.")] = None,
+    columns: Annotated[
+        str | None, _measured("--columns", "Columns with other names, like text=body,label=gold.")
+    ] = None,
+    task: Annotated[
+        str | None, _measured("--task", "What the model does, where config.json does not say.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     json: Json = False,
@@ -46,6 +72,14 @@ def verify(
     dtypes = parse_list(dtype) or ()
     if not dtypes or not set(dtypes) <= set(COMPARABLE):
         raise ValueError(f"--dtype takes some of {', '.join(COMPARABLE)}, got {dtype!r}.")
+    given = {
+        "retain": retain, "heldout": heldout, "batch_size": batch_size, "num_batches": num_batches,
+        "eval_batches": eval_batches, "length": length, "split": split, "heldout_split": heldout_split, "columns": columns,
+        "task": task,
+    }  # fmt: skip
+    if not (retain or heldout) and any(value is not None for value in given.values()):
+        name = next(n for n, value in given.items() if value is not None).replace("_", "-")
+        raise ValueError(f"--{name} says how data is drawn; name the data: --retain DATA.")
     from specdef.lock.verify import verify_checkpoint
 
     folder = find_model(locked, quiet=json)
@@ -55,6 +89,7 @@ def verify(
 
         verify_signature(folder, public_key)
         say("the signature holds")
+    again = _batches(folder, given, device=device) if retain or heldout else {}
     with progress_bar("verify") as (progress, status):
         result = verify_checkpoint(
             folder,
@@ -65,6 +100,7 @@ def verify(
             device=device,
             progress=progress,
             status=None if json else status,
+            **again,
         )
     if json:
         print_json(result.to_dict())
@@ -86,9 +122,40 @@ def verify(
         say(
             f"the key {'unlocks' if result.key_matches else 'does NOT unlock'} it to the recorded original"
         )
+    if result.utility is not None:
+        measured = result.utility
+        at_lock = "" if measured["recorded"] is None else f" (recorded: {measured['recorded']:.4g})"
+        say(f"{measured['metric']} {measured['value']:.4g}{at_lock}, loss {measured['loss']:.4g}, {measured['rows']} held out")  # fmt: skip
+    for note in result.notes:
+        say(f"note: {note}")
     for problem in result.problems[:20]:
         say(f"  problem: {problem}")
     if len(result.problems) > 20:
         say(f"  … and {len(result.problems) - 20} more")
     if not result.valid:
         raise typer.Exit(1)
+
+
+def _batches(folder: Path, given: dict[str, Any], *, device: str) -> dict[str, Any]:
+    """Return the held-out batches of a deformation and its model, as `verify_checkpoint` takes them."""
+    from specdef.cli.retain_data import recorded
+    from specdef.cli.task_model import load_task_model
+    from specdef.errors import CertificateMismatch, SpecDefError
+    from specdef.lock.certificate import load_certificate
+    from specdef.weights.checkpoint import Checkpoint
+
+    try:
+        certificate = load_certificate(folder)
+    except CertificateMismatch:
+        return {}  # the finding itself
+    if not certificate.utility:
+        raise SpecDefError(
+            f"{folder}: {certificate.method} locks record no utility",
+            hint="Leave --retain and --heldout out; --original compares outputs.",
+        )
+    data = recorded(certificate.utility.get("data") or {}, given)
+    wide = any(info.dtype == "F64" for info in Checkpoint.open(folder).infos.values())
+    loaded = load_task_model(
+        folder, task=data.task, dtype="float64" if wide else "float32", device=device
+    )
+    return {"heldout": data.held(loaded), "load": lambda _: loaded.model}

@@ -51,7 +51,7 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> 
         `[n, C]`.
     """
     out = torch.empty_like(logits)
-    for rows in _chunks(logits):
+    for rows in chunks(logits):
         z, t = logits[rows], targets[rows]
         valid = t != IGNORE
         p = torch.softmax(z, -1, out=out[rows])
@@ -76,7 +76,7 @@ def cross_entropy_hessian_product(
         `[n, C]`.
     """
     out = torch.empty_like(logits) if out is None else out
-    for rows in _chunks(logits):
+    for rows in chunks(logits):
         p = torch.softmax(logits[rows], -1)
         weight = (weights[rows] * (targets[rows] != IGNORE))[:, None]
         mean = torch.linalg.vecdot(p, u[rows])[:, None]
@@ -89,7 +89,7 @@ class _Terms(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
         terms = logits.new_empty(len(logits))
-        for rows in _chunks(logits):
+        for rows in chunks(logits):
             z, t = logits[rows], targets[rows]
             picked = z.gather(1, t.clamp_min(0)[:, None])[:, 0]
             terms[rows] = (torch.logsumexp(z, -1) - picked) * (t != IGNORE)
@@ -120,7 +120,7 @@ class _Gradient(torch.autograd.Function):
         return by_logits, None, by_weights
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
+def chunks(logits: Tensor) -> Iterator[slice]:
     """Yield slices of rows of about CHUNK logits each."""
     rows = max(1, CHUNK // max(1, logits.shape[1]))
     for start in range(0, len(logits), rows):

@@ -1,1 +1,1 @@
-"""Texts the demo and the calibration use."""
+"""Data for models: packaged texts, the files and folders of users, MNIST."""

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from specdef.data.classes import classification_batches
 from specdef.data.columns import check_roles
+from specdef.data.idx import idx_records, is_idx_folder
 from specdef.data.language import language_batches
+from specdef.data.mnist import NAME as MNIST
+from specdef.data.mnist import find_idx
 from specdef.data.records import read_records
 from specdef.errors import SpecDefError
 
@@ -35,13 +38,14 @@ def load_batches(
     columns: Mapping[str, str] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Draw batches for a Hugging Face model from a file, a folder or a packaged text.
+    """Draw batches for a Hugging Face model from a file, a folder, a packaged text or MNIST.
 
-    Nothing is fetched and no code of a data set is run. docs/data.md says what is accepted.
+    Nothing but MNIST is fetched and no code of a data set is run. docs/data.md says what is accepted.
 
     Args:
-        data: "sotu", "moby-dick", or a path: `.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.npz` (pictures), the
-            output of `datasets.save_to_disk`, a folder of such files, or a folder of pictures in class folders.
+        data: "sotu", "moby-dick", "mnist", or a path: `.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.npz`
+            (pictures), the output of `datasets.save_to_disk`, a folder of such files, a folder of pictures in class
+            folders, or one of IDX files.
         config: The model's transformers config.
         processor: Its tokenizer or image processor; None, for pictures only: they are resized and scaled to [0, 1].
         task: What the model is trained to do, one of `TASKS`.
@@ -49,7 +53,7 @@ def load_batches(
         num_batches: Batches to return.
         length: Tokens per window of running text, and at most per prompt with completion or text to classify.
         seed: Decides which rows are drawn, without replacement; the global random state is left as it was.
-        split: Part of a folder; default "train" where there is one.
+        split: Part of a folder or of MNIST; default "train" where there is one.
         columns: Columns under other names than the common ones: a mapping from "text", "text_pair", "prompt", "completion",
             "label" or "image" to a column.
         note: Called with one line of text for each decision worth knowing: cut texts, how class names were translated, …
@@ -73,7 +77,9 @@ def load_batches(
     if task == "image-classification":
         from specdef.data.images import image_batches, read_arrays
 
-        if Path(data).suffix.lower() == ".npz" and os.path.isfile(data):
+        if (folder := find_idx(data, progress=say)) is not None:
+            records = idx_records(folder, split)
+        elif Path(data).suffix.lower() == ".npz" and os.path.isfile(data):
             records = read_arrays(Path(data), config)
         else:
             records = read_records(data, split=split)
@@ -85,6 +91,10 @@ def load_batches(
 
     if processor is None:
         raise ValueError("processor must be the model's tokenizer, got None.")
+    if data == MNIST or is_idx_folder(Path(data)):
+        raise SpecDefError(
+            f"{data}: pictures; the model takes text.", hint="Give text, or an image classifier."
+        )
     make = language_batches if task == "causal-lm" else classification_batches
     limit = _longest(config)
     if task == "causal-lm" and limit is not None and length > limit:

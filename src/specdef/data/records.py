@@ -72,8 +72,8 @@ def read_records(data: str | Path, *, split: str | None = None) -> Records:
     if not (packaged or os.path.exists(path)):  # Path.exists raises where a name is too long
         raise SpecDefError(
             f"{path}: there is no such file or folder.",
-            hint=f"Give a path, or the name of a packaged text: {', '.join(TEXTS)}. Data sets of the hub are not "
-            "fetched: load one with `datasets` and write it with save_to_disk.",
+            hint=f"Give a path, or the name of a packaged text ({', '.join(TEXTS)}), or mnist. Data sets of the hub "
+            "are not fetched: load one with `datasets` and write it with save_to_disk.",
         )
     if path.is_dir() and not packaged:
         return _folder(path, split)

@@ -18,22 +18,25 @@ from torch import Tensor, nn
 from specdef.errors import CheckpointError, KeyMismatch, SpecDefError
 from specdef.lock.card import write_card
 from specdef.lock.certificate import LockCertificate, load_certificate, table_digest, tool_versions
-from specdef.lock.compensated import compensated_layers, module_path
 from specdef.lock.files import other_files_sha256
 from specdef.lock.key import Key, load_key, require_match
 from specdef.lock.load import LOCK_ID
 from specdef.lock.names import NameMap
 from specdef.lock.projected import scaled_matrix
-from specdef.lock.unlock import inverse_edits, restore_matrix
+from specdef.lock.restore import (
+    UNLOCKED,
+    drop_gradients,
+    inserted_layers,
+    locked_weights,
+    restored_tensor,
+)
+from specdef.lock.unlock import inverse_edits
 from specdef.weights.atomic import atomic_folder
 from specdef.weights.checkpoint import Checkpoint
 from specdef.weights.edit import OutOfRange, ReplaceEdit, apply_all, inverses
 from specdef.weights.folder import COMPENSATION_NAME
 from specdef.weights.rewrite import copy_other_files, rewrite_tensors
-from specdef.weights.tensor_bytes import TORCH_DTYPES, tensor_sha256
-
-UNLOCKED = "_specdef_unlocked"
-"""Attribute that marks a model while it is unlocked."""
+from specdef.weights.tensor_bytes import TORCH_DTYPES
 
 
 @contextmanager
@@ -54,32 +57,23 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
     Raises:
         KeyMismatch: The key is of another lock.
         CheckpointError: The key is damaged; the model is as it was.
-        SpecDefError: The model is unlocked already, or the trained weights cannot be locked exactly with the key.
+        SpecDefError: The method does not allow it, the model is unlocked already, or the trained weights cannot be locked
+            exactly with the key.
     """
     key = key if isinstance(key, Key) else load_key(key)
     if key.method == "scaled":
         raise SpecDefError(
             "a scaled lock does not preserve the function, so there is nothing to train"
         )
-    if getattr(model, UNLOCKED, False):
-        raise SpecDefError("the model is unlocked already", hint="Leave the other block first.")
-    names = NameMap(model)
-    weights = {name: names.tensor(name) for name in (*key.scalings, *key.projections)}
-    _require_own(model, key, weights)
-    layers = compensated_layers(model)
-    modules = [
-        layers[path] for name in key.projections if (path := module_path(model, name)) in layers
-    ]
-    if len(modules) != len(key.projections):
-        raise SpecDefError(
-            "the model lacks inserted layers of this key", hint="Load it with specdef.load_model."
-        )
+    _refuse_deformation(key)
+    weights = locked_weights(model, key)
+    modules = list(inserted_layers(model, key).values())
     stored = {name: weight.dtype for name, weight in weights.items()}
     trainable = [module.compensation.requires_grad for module in modules]
     # every matrix is computed before any is changed: a key that does not fit leaves the model as it was
-    restored = {name: _restored(key, name, weights[name]) for name in key.projections}
+    restored = {name: restored_tensor(key, name, weights[name]) for name in key.projections}
     apply_all(weights, {name: inverses(edits) for name, edits in key.scalings.items()})
-    _drop_gradients(model)
+    drop_gradients(model)
     for name, matrix in restored.items():
         weights[name].data = matrix.to(weights[name].device)
     restored.clear()
@@ -90,7 +84,7 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
     setattr(model, LOCK_ID, key.lock_id)
 
     def lock_again() -> list[str]:
-        _drop_gradients(model)
+        drop_gradients(model)
         problems = _lock_again(model, key, weights, stored)
         setattr(model, UNLOCKED, False)
         for module, flag in zip(modules, trainable, strict=True):
@@ -128,9 +122,10 @@ def save_locked(
     Raises:
         CheckpointError: A tensor of the folder is not in the model, has another shape, or the output cannot be written.
         KeyMismatch: The key is of another lock than the model or the folder; a model that is not locked has none.
-        SpecDefError: The model is unlocked.
+        SpecDefError: The model is unlocked, or was locked by deformation.
     """
     key = key if isinstance(key, Key) else load_key(key)
+    _refuse_deformation(key)
     if getattr(model, UNLOCKED, False):
         raise SpecDefError(
             "the model is unlocked", hint="Leave the `with specdef.authorised(…)` block first."
@@ -172,26 +167,11 @@ def save_locked(
     return renewed
 
 
-def _require_own(model: nn.Module, key: Key, weights: Mapping[str, Tensor]) -> None:
-    """Refuse a key of another model: a foreign absorbed key would silently scale the wrong channels.
-
-    Raises:
-        KeyMismatch: The model's lock is another one, or cannot be told and the weights are not those of the key.
-    """
-    lock_id = getattr(model, LOCK_ID, None)
-    if (
-        lock_id is None
-    ):  # loaded by other means: the weights themselves must be those that were locked
-        own = all(
-            name in key.hashes and tensor_sha256(weight.detach()) == key.hashes[name].after
-            for name, weight in weights.items()
-        )
-    else:
-        own = lock_id == key.lock_id
-    if not own:
-        raise KeyMismatch(
-            "the key is not of this model's lock",
-            hint="Load the locked folder with specdef.load_model and use the key that was written with it.",
+def _refuse_deformation(key: Key) -> None:
+    if key.method == "deformation":
+        raise SpecDefError(
+            "a deformation is a training of its own, which its key undoes for the very weights it led to, and no others",
+            hint="Unlock the model (unlock_checkpoint, unlock_model), train it, and lock it again; that gives a new key.",
         )
 
 
@@ -212,21 +192,6 @@ def _renewed(
         "output_difference": {},
     }
     return LockCertificate(**values)
-
-
-def _restored(key: Key, name: str, weight: Tensor) -> Tensor:
-    """Return W, checked against the key's hash where the weights are those of lock time.
-
-    Raises:
-        CheckpointError: The key is damaged.
-    """
-    locked = weight.detach().cpu()
-    matrix = restore_matrix(key, name, locked)
-    known = key.hashes.get(name)
-    at_lock_time = known is not None and known.after == tensor_sha256(locked)
-    if known is not None and at_lock_time and known.before != tensor_sha256(matrix):
-        raise CheckpointError("does not unlock to the original: the key is damaged", tensor=name)
-    return matrix
 
 
 def _lock_again(
@@ -254,9 +219,3 @@ def _lock_again(
     for name, projection in key.projections.items():
         now[name].data = scaled_matrix(now[name].detach(), projection).to(stored[name])
     return problems
-
-
-def _drop_gradients(model: nn.Module) -> None:
-    """Forget gradients: those of the locked weights mean nothing for the unlocked ones, nor the reverse."""
-    for parameter in model.parameters():
-        parameter.grad = None

@@ -52,6 +52,7 @@ def _section(certificate: LockCertificate) -> str:
         "absorbed": "equal to the original's bit for bit in float32 and bfloat16. Do not load it in float16",
         "compensated": "equal to the original's up to rounding. Load it with `specdef.load_model`",
         "scaled": "**not** those of the original",
+        "deformation": "**not** those of the original: it was trained to grow its singular values and to keep its task",
     }[certificate.method]
     lines = [
         "## Locked against training",
@@ -62,7 +63,9 @@ def _section(certificate: LockCertificate) -> str:
         "",
         f"| | before | after |\n|---|---|---|\n| largest singular value of the most deformed matrix | "
         f"{certificate.sigma_max_before:.4g} | {certificate.sigma_max_after:.4g} |",
+        *_utility_rows(certificate),
         "",
+        *_training_lines(certificate),
         *(line for note in certificate.notes for line in (f"Note: {note}", "")),
         f"**What this does not stop.** {certificate.threat_model}",
         "",
@@ -70,3 +73,23 @@ def _section(certificate: LockCertificate) -> str:
         "",
     ]
     return _BEGIN + "\n".join(lines) + _END
+
+
+def _utility_rows(certificate: LockCertificate) -> list[str]:
+    utility = certificate.utility
+    if not utility:
+        return []
+    counted = f" ({utility['rows']} held-out rows)" if utility.get("rows") else ""
+    return [
+        f"| {utility['metric']}{counted} | {_number(utility['before'])} | {_number(utility['after'])} |",
+        f"| held-out loss of the task | {_number(utility['retain_loss_before'])} | {_number(utility['retain_loss_after'])} |",
+    ]
+
+
+def _training_lines(certificate: LockCertificate) -> list[str]:
+    reason = certificate.training.get("reason")
+    return [f"Why the training ended: {reason}.", ""] if reason else []
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

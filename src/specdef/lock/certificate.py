@@ -19,6 +19,7 @@ import torch
 
 from specdef.errors import CertificateMismatch, CheckpointError
 from specdef.lock.config import LockConfig
+from specdef.lock.deformation.config import DeformationConfig
 from specdef.lock.key import Key
 from specdef.lock.plan import LockPlan
 from specdef.weights.atomic import atomic_file
@@ -36,6 +37,10 @@ UNDO = {
     "rate per column, masking the scaled columns, K-FAC, or training a part the lock does not reach also get around it",
     "compensated": "merging each inserted layer into the matrix beside it, or freezing it, takes seconds and no data, "
     "and inserting trainable identity layers or training elsewhere in the network also gets around it",
+    "deformation": "clipping the large singular values of every matrix needs no data and one decomposition each, and a short "
+    "re-training on the retained task may bring back what that costs; a learning rate per layer, LoRA on modules the lock leaves "
+    "alone and second-order methods may also get around it (none of this is measured here); and where the original is public, "
+    "the difference to it is the key",
     "scaled": "the function is not preserved, so there is nothing left to protect; the method serves theory alone",
 }
 
@@ -60,6 +65,9 @@ class LockCertificate:
         output_difference: dtype to largest absolute difference of the logits, where it was measured.
         bit_identical: Whether the method promises outputs equal bit for bit (float32, bfloat16).
         uncovered: Linear inputs the lock does not reach: number by reason.
+        utility: Held-out utility and retain loss before and after, as stored, and the data they were measured on
+            (deformation).
+        training: Steps, why they ended, times, and one row per evaluation (deformation).
         dropped: Other copies of the weights in the source folder that were not carried over.
         notes: Sentences the user should read.
         threat_model: What the lock does not stop.
@@ -85,6 +93,8 @@ class LockCertificate:
     bit_identical: bool
     uncovered: dict[str, int]
     output_difference: dict[str, float] = field(default_factory=dict)
+    utility: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     threat_model: str = ""
@@ -123,12 +133,14 @@ class LockCertificate:
 def build_certificate(
     plan: LockPlan,
     key: Key,
-    config: LockConfig,
+    config: LockConfig | DeformationConfig,
     *,
     files: Mapping[str, str],
     source_name: str,
     calibrated: bool,
     dropped: Iterable[str] = (),
+    utility: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> LockCertificate:
     """Put together what is known of a lock.
 
@@ -140,6 +152,8 @@ def build_certificate(
         source_name: Name of the model.
         calibrated: Whether channels were chosen on data.
         dropped: Files that were not carried over.
+        utility: What was measured of a deformation.
+        training: How it went.
 
     Returns:
         The certificate.
@@ -166,6 +180,8 @@ def build_certificate(
         else "",
         bit_identical=plan.method == "absorbed",
         uncovered=count_reasons(plan.uncovered),
+        utility=dict(utility or {}),
+        training=dict(training or {}),
         dropped=list(dropped),
         notes=list(plan.notes),
         threat_model=threat_model(plan.method),

@@ -58,6 +58,13 @@ class Compensated(nn.Module):
         out = out if bias is None else out + bias.to(out.dtype)
         return out.to(x.dtype)
 
+    def bare(self) -> nn.Module:
+        """Return the layer itself, with the parameters as they are now, for where no C is wanted any more."""
+        base: Any = self._base
+        base.weight, base.bias = self.weight, self.bias
+        bare: nn.Module = base.train(self.training)
+        return bare
+
 
 def insert_compensation(model: nn.Module, layers: Mapping[str, Tensor]) -> None:
     """Replace each locked layer of a model by the pair.

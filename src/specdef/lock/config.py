@@ -64,17 +64,8 @@ class LockConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}."
                 )
-        for name in ("target_modules", "layers"):  # lists and single values are what people type
-            value = getattr(self, name)
-            if (
-                name == "target_modules"
-                and isinstance(value, str)
-                and not re.fullmatch(r"[\w.]+", value)
-            ):
-                continue  # a regular expression, which `matches` takes as it is
-            if value is not None and not isinstance(value, tuple):
-                value = (value,) if isinstance(value, str | int) else tuple(value)
-                object.__setattr__(self, name, value)
+        for name in ("target_modules", "layers"):
+            object.__setattr__(self, name, selection(name, getattr(self, name)))
         if not (math.isfinite(self.top) and self.top > 1):
             raise ValueError(f"scale must be finite and above 1, got {self.scale}.")
         for name in ("k", "power", "num_layers"):
@@ -106,5 +97,24 @@ class LockConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LockConfig:
         """Read back what `to_dict` wrote; unknown fields of newer versions are ignored."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        known = {field.name for field in fields(cls)} & set(values)
+        read: dict[str, Any] = {}
+        for name in known:  # JSON knows no tuples
+            read[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+        return cls(**read)
+
+
+def selection(name: str, value: Any) -> Any:
+    """Return `target_modules` or `layers` as a tuple, also where a list or a single value was given, as people type it.
+
+    Args:
+        name: Which of the two.
+        value: What was given.
+
+    Returns:
+        A tuple; None and a regular expression (which `matches` takes as it is) stay.
+    """
+    expression = isinstance(value, str) and not re.fullmatch(r"[\w.]+", value)
+    if value is None or isinstance(value, tuple) or (name == "target_modules" and expression):
+        return value
+    return (value,) if isinstance(value, str | int) else tuple(value)

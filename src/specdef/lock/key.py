@@ -1,20 +1,19 @@
 """The key: what the owner keeps to undo a lock, one safetensors file.
 
 absorbed: the list of exact scalings. compensated and scaled: the basis U_k and scale of every matrix, and the residual
-that rounding W~ to its dtype lost. Anything else in the world can be rebuilt; the key alone makes it exact.
+that rounding W~ to its dtype lost. deformation: the difference to the original, of every tensor that training changed.
+Anything else in the world can be rebuilt; the key alone makes it exact.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from specdef.errors import CheckpointError, KeyMismatch
 from specdef.lock.config import LockConfig
+from specdef.lock.deformation.config import DeformationConfig
 from specdef.lock.plan import LockPlan, Projection
 from specdef.weights.atomic import atomic_file
 from specdef.weights.edit import ScaleEdit
@@ -42,12 +42,13 @@ class Key:
         config: The recipe.
         scalings: Tensor name to the scalings the lock applied.
         projections: Tensor name to projection.
-        residuals: Tensor name to what restores its exact bytes, see `encode_residual`.
+        residuals: Tensor name to what restores its exact bytes, see `encode_residual`; for deformation from the locked
+            tensor itself, and only of tensors that changed.
         hashes: Tensor name to SHA-256 of the original and of the locked tensor, as they were at lock time.
     """
 
     method: str
-    config: LockConfig
+    config: LockConfig | DeformationConfig
     scalings: Mapping[str, tuple[ScaleEdit, ...]] = field(default_factory=dict)
     projections: Mapping[str, Projection] = field(default_factory=dict)
     residuals: Mapping[str, Tensor] = field(default_factory=dict)
@@ -61,8 +62,13 @@ class Key:
         )
 
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors the lock changed."""
+        return (*self.scalings, *(self.projections or self.residuals))
+
+    @property
     def lock_id(self) -> str:
-        """Name of the transformation: equal for equal scalings and bases, whatever the weights are by now."""
+        """Name of the transformation: equal for equal scalings, bases or differences, whatever the weights are by now."""
         digest = hashlib.sha256(self.method.encode())
         tensors, names = self._transformation()
         digest.update(json.dumps(names).encode())
@@ -85,7 +91,7 @@ class Key:
         path = Path(path)
         self.require_place(path)
         tensors, names = self._transformation()
-        tensors |= {f"residual.{name}": value for name, value in self.residuals.items()}
+        tensors |= self._residual_tensors()
         metadata = {
             "format": _FORMAT,
             "method": self.method,
@@ -121,7 +127,12 @@ class Key:
         if not own:
             raise CheckpointError("is the key of another lock", path=path, hint=hint)
 
+    def _residual_tensors(self) -> dict[str, Tensor]:
+        return {f"residual.{name}": value for name, value in self.residuals.items()}
+
     def _transformation(self) -> tuple[dict[str, Tensor], list[str]]:
+        if self.method == "deformation":
+            return self._residual_tensors(), sorted(self.residuals)
         if self.projections:
             names = list(self.projections)
             tensors = {f"basis.{n}": p.basis.contiguous() for n, p in self.projections.items()}
@@ -166,10 +177,14 @@ def load_key(path: str | Path) -> Key:
         hashes = {
             n: TensorHashes(before=b, after=a) for n, (b, a) in json.loads(meta["hashes"]).items()
         }
-        scalings, projections = _read_transformation(tensors, names)
+        deformed = meta["method"] == "deformation"
+        scalings, projections = ({}, {}) if deformed else _read_transformation(tensors, names)
+        recipe = json.loads(meta["config"])
         key = Key(
             method=meta["method"],
-            config=LockConfig.from_dict(json.loads(meta["config"])),
+            config=DeformationConfig.from_dict(recipe)
+            if deformed
+            else LockConfig.from_dict(recipe),
             scalings=scalings,
             projections=projections,
             residuals={
@@ -199,74 +214,6 @@ def require_match(key: Key, certificate: Mapping[str, Any]) -> None:
             f"the key is of lock {key.lock_id[:12]}, the model was locked as {str(certificate.get('lock_id'))[:12]}",
             hint="Use the key that was written when this model was locked.",
         )
-
-
-def encode_residual(original: Tensor, rebuilt: Tensor) -> Tensor:
-    """Compress what `rebuilt` lacks to be `original`, to the last bit.
-
-    The bits of a float, read as a sign-magnitude integer, count the floats in order; the residual is the difference of
-    these counts, a few units in the last place times the scale, and compresses to little more than its entropy.
-
-    Args:
-        original: Any float tensor.
-        rebuilt: Same shape and dtype, close to it.
-
-    Returns:
-        (n,) uint8.
-    """
-    difference = _order(original) - _order(rebuilt)
-    zigzag = np.where(difference >= 0, 2 * difference, -2 * difference - 1).astype(np.uint64)
-    planes = zigzag.reshape(-1).view(np.uint8).reshape(-1, 8).T
-    return torch.frombuffer(
-        bytearray(zlib.compress(np.ascontiguousarray(planes).tobytes(), 6)), dtype=torch.uint8
-    )
-
-
-def decode_residual(residual: Tensor, rebuilt: Tensor) -> Tensor:
-    """Return the original from `rebuilt` and what `encode_residual` gave.
-
-    Args:
-        residual: (n,) uint8.
-        rebuilt: The same tensor as at encoding.
-
-    Returns:
-        The original, bit for bit.
-
-    Raises:
-        ValueError: The residual does not fit the tensor.
-    """
-    try:
-        planes = np.frombuffer(zlib.decompress(bytes(as_bytes(residual))), dtype=np.uint8)
-    except zlib.error as error:
-        raise ValueError(f"residual cannot be decompressed: {error}") from error
-    if planes.size != 8 * rebuilt.numel():
-        raise ValueError("residual does not fit the tensor")
-    zigzag = np.ascontiguousarray(planes.reshape(8, -1).T).view(np.uint64).reshape(-1)
-    difference = np.where(zigzag % 2 == 0, zigzag // 2, 0).astype(np.int64) - np.where(
-        zigzag % 2 == 1, zigzag // 2 + 1, 0
-    ).astype(np.int64)
-    return _from_order(_order(rebuilt).reshape(-1) + difference, rebuilt)
-
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _order(values: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
-    bits = values.contiguous().view(_INTEGERS[values.element_size()]).to(torch.int64).numpy()
-    lowest = -(1 << (8 * values.element_size() - 1))
-    # -0.0 counts as -1, so that it stays apart from +0.0. lowest - 1 alone would not fit 64 bits.
-    return np.where(bits >= 0, bits, lowest - (bits + 1))
-
-
-def _from_order(order: np.ndarray[Any, np.dtype[np.int64]], like: Tensor) -> Tensor:
-    lowest = -(1 << (8 * like.element_size() - 1))
-    bits = np.where(order >= 0, order, lowest - (order + 1))
-    return (
-        torch.from_numpy(bits)
-        .to(_INTEGERS[like.element_size()])
-        .view(like.dtype)
-        .reshape(like.shape)
-    )
 
 
 def _read_transformation(

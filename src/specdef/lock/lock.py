@@ -1,12 +1,12 @@
-"""Lock a checkpoint on disk, or a model in memory: plan, rewrite, key, certificate, in this order."""
+"""Lock a checkpoint on disk: plan, rewrite, key, certificate, in this order."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +14,47 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from specdef.curvature.losses import Batch as RetainBatch
+from specdef.curvature.losses import Loss
 from specdef.errors import CheckpointError, SpecDefError
 from specdef.lock.absorbed import plan_absorbed, select_sites
 from specdef.lock.calibrate import Batch, calibrated_scores
 from specdef.lock.card import write_card
 from specdef.lock.certificate import LockCertificate, build_certificate
-from specdef.lock.compensated import insert_compensation, locked_config, module_path
+from specdef.lock.compensated import locked_config
 from specdef.lock.config import LockConfig
+from specdef.lock.deformation.checkpoint import deform_checkpoint
+from specdef.lock.deformation.config import DeformationConfig
+from specdef.lock.deformation.records import Progress as TrainingProgress
+from specdef.lock.deformation.retain import RetainFunction, UtilityFunction
+from specdef.lock.deformation.stored import Training
 from specdef.lock.files import other_files_sha256
-from specdef.lock.key import Key, encode_residual
-from specdef.lock.load import LOCK_ID, load_model
+from specdef.lock.key import Key
+from specdef.lock.load import load_model
 from specdef.lock.merge import merge
 from specdef.lock.plan import LockPlan, Projection
 from specdef.lock.projected import compensation, plan_projected, scaled_matrix
+from specdef.lock.residual import encode_residual
 from specdef.lock.selection import check_selection
 from specdef.symmetries import find_sites
 from specdef.weights.atomic import atomic_folder, refuse_existing
 from specdef.weights.checkpoint import Checkpoint
-from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit, apply_all
+from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit
 from specdef.weights.folder import (
     BASE_CONFIG_NAME,
     CERTIFICATE_NAME,
     COMPENSATION_NAME,
 )
-from specdef.weights.rewrite import Progress, TensorHashes, copy_other_files, rewrite_tensors
-from specdef.weights.source import FolderSource, MemorySource, TensorSource
-from specdef.weights.tensor_bytes import tensor_sha256
+from specdef.weights.rewrite import Progress, copy_other_files, rewrite_tensors
+from specdef.weights.source import FolderSource, TensorSource
 
-_RETRIES = 8
+RETRIES = 8
 """How often a channel that turns out not to fit is replaced before the scale itself is to blame."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LockedModel:
-    """A model locked in memory.
-
-    Args:
-        model: The module that was given, changed in place.
-        certificate: What was done.
-        key: What undoes it; `key.save(path)` keeps it.
-    """
-
-    model: nn.Module
-    certificate: LockCertificate
-    key: Key
 
 
 def plan_lock(
     source: Checkpoint | TensorSource,
-    config: LockConfig,
+    config: LockConfig | DeformationConfig,
     *,
     scores: Mapping[str, Tensor] | None = None,
     banned: Iterable[tuple[str, int]] = (),
@@ -81,9 +73,14 @@ def plan_lock(
         The plan.
 
     Raises:
+        ValueError: The recipe is a deformation, of which nothing is known before it is trained.
         SelectionError: Nothing to lock was found or selected.
         SpecDefError: The lock would break the function.
     """
+    if isinstance(config, DeformationConfig):
+        raise ValueError(
+            "a deformation is trained, not planned; find_matrices(model, config) lists what it would work on."
+        )
     tensors = FolderSource(source) if isinstance(source, Checkpoint) else source
     check_selection(tensors.names, config)
     if config.method == "absorbed":
@@ -94,19 +91,28 @@ def plan_lock(
 def lock_checkpoint(
     source: str | Path,
     out: str | Path,
-    config: LockConfig | None = None,
+    config: LockConfig | DeformationConfig | None = None,
     *,
     key_path: str | Path | None = None,
     calibration: Iterable[Batch] | None = None,
     source_name: str = "",
     progress: Progress | None = None,
     status: Callable[[str], None] | None = None,
+    retain: Iterable[RetainBatch] | None = None,
+    heldout: Sequence[RetainBatch] | None = None,
+    loss: Loss | RetainFunction | None = None,
+    utility: UtilityFunction | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    training_progress: Callable[[TrainingProgress], None] | None = None,
+    data: Mapping[str, Any] | None = None,
+    load: Callable[[Path], nn.Module] | None = None,
 ) -> LockCertificate:
     """Lock a model folder into a new folder.
 
     Streams: memory is bounded by a few blocks for absorbed without calibration, by the largest locked matrix in float64
-    for compensated and scaled, by the model for calibration. The output folder appears whole or not at all; the key
-    is written just before it appears.
+    for compensated and scaled, by the model for calibration; a deformation trains the model. The output folder appears
+    whole or not at all; the key is written just before it appears.
 
     Args:
         source: Model folder with safetensors weights.
@@ -117,6 +123,16 @@ def lock_checkpoint(
         source_name: Name of the model in the certificate; None is the folder's own name.
         progress: Called with (bytes done, bytes in all).
         status: Told what is being worked on.
+        retain: Batches whose loss a deformation retains; required for it, and refused with the other methods, like all
+            that follow.
+        heldout: Batches its utility is measured on; None takes the last tenth of `retain`.
+        loss: Its task loss: a `Loss`, a callable of model and batch, or None for what suits the model.
+        utility: Own measure of utility, higher is better; None is accuracy, or the negative loss.
+        checkpoint: Where the state of an unfinished training goes; None is `OUT.checkpoint.safetensors`.
+        resume: Go on from there.
+        training_progress: Told after every step.
+        data: How the batches were drawn, for the certificate.
+        load: How the folder becomes a model to train; None is `load_model` in float32.
 
     Returns:
         The certificate, with the sites in full, and the paths of key and certificate.
@@ -124,45 +140,38 @@ def lock_checkpoint(
     Raises:
         CheckpointError: The source cannot be used, or the output cannot be written.
         SelectionError: Nothing to lock was found or selected.
-        SpecDefError: The lock would break the function.
+        SpecDefError: The lock would break the function, or the data does not fit the model.
+        NotConverged: A deformation led to nothing that may be kept.
+        ValueError: `retain` is missing, or what only a deformation takes was given to another method.
     """
     began = time.perf_counter()
     config = config or LockConfig()
+    training = Training(
+        retain=retain, heldout=heldout, loss=loss, utility=utility, checkpoint=Path(checkpoint) if checkpoint else None,
+        resume=resume, progress=training_progress, data=data, load=load,
+    )  # fmt: skip
+    training.check(config)
     out = Path(out) if Path(out).name else Path(out).absolute()
-    checkpoint = open_lockable(source, out)
+    opened = open_lockable(source, out)
     key_path = Path(key_path) if key_path else out.with_name(out.name + ".key.safetensors")
     if key_path.resolve().is_relative_to(out.resolve()):
         raise CheckpointError(
             "lies inside the locked folder", path=key_path, hint="Keep the key elsewhere."
         )
-    scores = None
-    if calibration is not None and config.method == "absorbed":
-        if status:
-            status("calibrating")
-        scores = calibrate_checkpoint(checkpoint, calibration, config)
-    banned: set[tuple[str, int]] = set()
-    had_key = key_path.exists()
-    while True:
-        plan = plan_lock(checkpoint, config, scores=scores, banned=banned, status=status)
-        Key.from_plan(plan, config).require_place(key_path)  # before the work, not after it
-        try:
-            with atomic_folder(out) as work:
-                certificate = _write(
-                    checkpoint, work, plan, config, key_path, source_name, scores, progress, status
-                )
-                certificate = replace(certificate, seconds=time.perf_counter() - began)
-            break
-        except OutOfRange as error:
-            # The plan saw a sample of large tensors; a value outside it does not fit. Take the next best channel.
-            banned |= _offending(plan, checkpoint, error)
-            if len(banned) > _RETRIES:
-                raise
-        except BaseException:
-            if not had_key and not (out / CERTIFICATE_NAME).exists():
-                with suppress(OSError):  # a key without its lock would block the next one
-                    key_path.unlink()
-            raise
-    return replace(certificate, key=str(key_path), certificate=str(out / CERTIFICATE_NAME))
+    if isinstance(config, DeformationConfig):
+        certificate = deform_checkpoint(
+            opened, out, config, training, key_path=key_path, source_name=source_name, progress=progress, status=status
+        )  # fmt: skip
+    else:
+        certificate = _lock(
+            opened, out, config, key_path, calibration, source_name, progress, status
+        )
+    return replace(
+        certificate,
+        seconds=time.perf_counter() - began,
+        key=str(key_path),
+        certificate=str(out / CERTIFICATE_NAME),
+    )
 
 
 def open_lockable(source: str | Path, out: Path) -> Checkpoint:
@@ -197,85 +206,6 @@ def open_lockable(source: str | Path, out: Path) -> Checkpoint:
     return checkpoint
 
 
-def lock_model(
-    model: nn.Module,
-    config: LockConfig | None = None,
-    *,
-    calibration: Iterable[Batch] | None = None,
-) -> LockedModel:
-    """Lock a transformers model in memory, in place.
-
-    Args:
-        model: A module with a transformers `config`; its tensor names must be those of a checkpoint, which is so for all
-            families but mixtures of experts that transformers stacks in memory.
-        config: The recipe; None is the default lock.
-        calibration: Batches with labels to choose channels by (absorbed).
-
-    Returns:
-        The model, its certificate and its key.
-
-    Raises:
-        SelectionError: Nothing to lock was found or selected.
-        SpecDefError: The lock would break the function, tensors hold NaN or Inf, or the model is locked already. The
-            model is then as it was.
-    """
-    began = time.perf_counter()
-    config = config or LockConfig()
-    if getattr(model, LOCK_ID, None) is not None:
-        raise SpecDefError(
-            "the model is locked already", hint="Lock the original; one key undoes one lock."
-        )
-    tensors = unique_tensors(model)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise SpecDefError(
-                f"{name} holds NaN or Inf", hint="The model diverged; load it again."
-            )
-    source = MemorySource(tensors, model_config(model))
-    scores = None
-    if calibration is not None and config.method == "absorbed":
-        sites = select_sites(find_sites(source.config, source.shapes).sites, config)
-        scores = calibrated_scores(model, sites, calibration, channel=config.channel)
-    before = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
-    banned: set[tuple[str, int]] = set()
-    while True:
-        plan = plan_lock(source, config, scores=scores, banned=banned)
-        try:
-            apply_all(tensors, plan.scalings)
-            break
-        except OutOfRange as error:
-            banned |= _offending(plan, source, error)
-            if len(banned) > _RETRIES:
-                raise
-    key = Key.from_plan(plan, config)
-    if config.method == "compensated":
-        for name in plan.projections:
-            module_path(model, name)  # raises where nothing can be inserted
-    projected = {
-        name: _projected(name, source.read(name), projection, config)
-        for name, projection in plan.projections.items()
-    }
-    residuals = {name: residual for name, (_, residual) in projected.items()}
-    for name, (locked, _) in projected.items():
-        tensors[name].data = locked.to(tensors[name].device)
-    if config.method == "compensated":
-        insert_compensation(
-            model, {n: compensation(p).to(tensors[n].dtype) for n, p in plan.projections.items()}
-        )
-    hashes = {
-        name: TensorHashes(before=before[name], after=tensor_sha256(tensor))
-        for name, tensor in tensors.items()
-    }
-    key = replace(key, residuals=residuals, hashes=hashes)
-    certificate = build_certificate(
-        plan, key, config, files={}, source_name=type(model).__name__, calibrated=scores is not None
-    )
-    setattr(model, LOCK_ID, key.lock_id)
-    return LockedModel(
-        model=model, key=key, certificate=replace(certificate, seconds=time.perf_counter() - began)
-    )
-
-
 def calibrate_checkpoint(
     checkpoint: Checkpoint, batches: Iterable[Batch], config: LockConfig
 ) -> dict[str, Tensor]:
@@ -295,30 +225,72 @@ def calibrate_checkpoint(
     return calibrated_scores(model, chosen, batches, channel=config.channel)
 
 
-def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """List parameters and saved buffers once each: of tied tensors the first name, as a checkpoint stores them."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            out[name] = tensor
-    return out
-
-
-def model_config(model: nn.Module) -> dict[str, Any]:
-    """Return the model's configuration as its config.json holds it.
+def projected_tensor(
+    name: str, original: Tensor, projection: Projection, config: LockConfig
+) -> tuple[Tensor, Tensor]:
+    """Return W~ as it is stored, and the residual that makes the key exact.
 
     Raises:
-        SpecDefError: It is no transformers model.
+        SpecDefError: W~ overflows its dtype.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
+    stored = torch.float32 if config.storage_dtype else original.dtype
+    locked = scaled_matrix(original, projection).to(stored)
+    if not bool(locked.isfinite().all()):
         raise SpecDefError(
-            f"{type(model).__name__} has no transformers configuration",
-            hint="Lock it as a checkpoint folder instead.",
+            f"{name}: scale {projection.scale:g} overflows", hint="Use a smaller scale."
         )
-    return dict(config.to_dict())
+    return locked, encode_residual(original, merge(locked, projection))
+
+
+def offending(
+    plan: LockPlan, source: Checkpoint | TensorSource, error: OutOfRange
+) -> set[tuple[str, int]]:
+    """Return the (site, channel) pairs that scale the slice which does not fit."""
+    channels = {record.name: record.channel for record in plan.sites}
+    return {
+        (site.name, channel)
+        for site in find_sites(source.config, source.shapes).sites
+        if (channel := channels.get(site.name)) is not None
+        for leg, _ in site.legs()
+        if leg.tensor == error.tensor and error.position in leg.positions(channel)
+    }
+
+
+def _lock(
+    checkpoint: Checkpoint,
+    out: Path,
+    config: LockConfig,
+    key_path: Path,
+    calibration: Iterable[Batch] | None,
+    source_name: str,
+    progress: Progress | None,
+    status: Callable[[str], None] | None,
+) -> LockCertificate:
+    scores = None
+    if calibration is not None and config.method == "absorbed":
+        if status:
+            status("calibrating")
+        scores = calibrate_checkpoint(checkpoint, calibration, config)
+    banned: set[tuple[str, int]] = set()
+    had_key = key_path.exists()
+    while True:
+        plan = plan_lock(checkpoint, config, scores=scores, banned=banned, status=status)
+        Key.from_plan(plan, config).require_place(key_path)  # before the work, not after it
+        try:
+            with atomic_folder(out) as work:
+                return _write(
+                    checkpoint, work, plan, config, key_path, source_name, scores, progress, status
+                )
+        except OutOfRange as error:
+            # The plan saw a sample of large tensors; a value outside it does not fit. Take the next best channel.
+            banned |= offending(plan, checkpoint, error)
+            if len(banned) > RETRIES:
+                raise
+        except BaseException:
+            if not had_key and not (out / CERTIFICATE_NAME).exists():
+                with suppress(OSError):  # a key without its lock would block the next one
+                    key_path.unlink()
+            raise
 
 
 def _write(
@@ -338,7 +310,9 @@ def _write(
 
     def projected(name: str) -> ReplaceEdit:
         def compute(original: Tensor) -> Tensor:
-            locked, residuals[name] = _projected(name, original, plan.projections[name], config)
+            locked, residuals[name] = projected_tensor(
+                name, original, plan.projections[name], config
+            )
             return locked
 
         return ReplaceEdit(compute=compute, dtype="F32" if config.storage_dtype else None)
@@ -375,29 +349,3 @@ def _write(
     certificate.write(work)
     key.save(key_path)
     return certificate
-
-
-def _projected(
-    name: str, original: Tensor, projection: Projection, config: LockConfig
-) -> tuple[Tensor, Tensor]:
-    """Return W~ as it is stored, and the residual that makes the key exact."""
-    stored = torch.float32 if config.storage_dtype else original.dtype
-    locked = scaled_matrix(original, projection).to(stored)
-    if not bool(locked.isfinite().all()):
-        raise SpecDefError(
-            f"{name}: scale {projection.scale:g} overflows", hint="Use a smaller scale."
-        )
-    return locked, encode_residual(original, merge(locked, projection))
-
-
-def _offending(
-    plan: LockPlan, source: Checkpoint | TensorSource, error: OutOfRange
-) -> set[tuple[str, int]]:
-    channels = {record.name: record.channel for record in plan.sites}
-    return {
-        (site.name, channel)
-        for site in find_sites(source.config, source.shapes).sites
-        if (channel := channels.get(site.name)) is not None
-        for leg, _ in site.legs()
-        if leg.tensor == error.tensor and error.position in leg.positions(channel)
-    }

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 from specdef.errors import SelectionError
 from specdef.lock.config import LockConfig
+from specdef.lock.deformation.config import DeformationConfig
 from specdef.symmetries import layer_index, matches, module_name
 
 
-def check_selection(names: Iterable[str], config: LockConfig) -> None:
+def check_selection(names: Iterable[str], config: LockConfig | DeformationConfig) -> None:
     """Refuse a selection of which any part selects nothing: a typing error would leave that part unlocked in silence.
 
     Args:

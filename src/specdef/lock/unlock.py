@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from specdef.errors import CertificateMismatch, CheckpointError
 from specdef.lock.card import remove_card
 from specdef.lock.certificate import LockCertificate, load_certificate
 from specdef.lock.files import changed_files
-from specdef.lock.key import Key, decode_residual, load_key, require_match
+from specdef.lock.key import Key, load_key, require_match
 from specdef.lock.merge import merge
+from specdef.lock.residual import decode_residual
 from specdef.weights.atomic import atomic_folder, refuse_existing
 from specdef.weights.checkpoint import Checkpoint, TensorFile
 from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit, inverses
@@ -88,7 +90,7 @@ def unlock_checkpoint(
                 work,
                 inverse_edits(key, certificate),
                 progress=progress,
-                workers=1 if key.projections else 2,
+                workers=2 if key.scalings else 1,
             )
         except (OutOfRange, CheckpointError) as error:
             if changed_tensors(checkpoint, certificate, (error.tensor,)):
@@ -117,9 +119,7 @@ def inverse_edits(key: Key, certificate: LockCertificate) -> dict[str, Edit]:
     Raises:
         CheckpointError: The key names a tensor that the model lacks.
     """
-    missing = [
-        name for name in (*key.scalings, *key.projections) if name not in certificate.tensors
-    ]
+    missing = [name for name in key.tensors if name not in certificate.tensors]
     if missing:
         raise CheckpointError("the key names a tensor the model lacks", tensor=missing[0])
     edits: dict[str, Edit] = {name: inverses(edits) for name, edits in key.scalings.items()}
@@ -132,6 +132,9 @@ def inverse_edits(key: Key, certificate: LockCertificate) -> dict[str, Edit]:
             return restore_matrix(key, name, locked, exact=exact)
 
         edits[name] = ReplaceEdit(compute=compute, dtype=projection.dtype)
+    if key.method == "deformation":
+        for name in key.residuals:
+            edits[name] = ReplaceEdit(compute=partial(restore_difference, key, name))
     return edits
 
 
@@ -154,6 +157,28 @@ def restore_matrix(key: Key, name: str, locked: Tensor, *, exact: bool | None = 
         rebuilt = merge(locked, key.projections[name])
         return decode_residual(key.residuals[name], rebuilt) if exact else rebuilt
     except (ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(
+            f"cannot be unlocked: key or tensor is damaged ({error})", tensor=name
+        ) from error
+
+
+def restore_difference(key: Key, name: str, locked: Tensor) -> Tensor:
+    """Undo a deformation of one tensor.
+
+    Args:
+        key: The key.
+        name: The tensor.
+        locked: The tensor as stored, on the CPU.
+
+    Returns:
+        The original in the same dtype.
+
+    Raises:
+        CheckpointError: Key or tensor is damaged.
+    """
+    try:
+        return decode_residual(key.residuals[name], locked)
+    except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"cannot be unlocked: key or tensor is damaged ({error})", tensor=name
         ) from error

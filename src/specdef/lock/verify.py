@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdef.curvature.losses import Batch, Loss
 from specdef.errors import CertificateMismatch, CheckpointError, KeyMismatch
 from specdef.lock.certificate import LockCertificate, load_certificate, table_digest
+from specdef.lock.deformation.check import check_utility
+from specdef.lock.deformation.retain import RetainFunction, UtilityFunction
 from specdef.lock.files import changed_files
 from specdef.lock.key import Key, load_key, require_match
 from specdef.lock.load import load_model
@@ -66,7 +69,10 @@ class Verification:
         source_matches: The original given is the one that was locked; None where none was given.
         key_matches: The key unlocks this model to the recorded original; None where none was given.
         outputs: Per dtype.
+        utility: What the batches given say: metric, value, loss, rows, `recorded` value, `same_data` as at lock time; None
+            where none were given.
         problems: What does not hold, one sentence each.
+        notes: What could not be compared.
     """
 
     valid: bool
@@ -79,7 +85,9 @@ class Verification:
     source_matches: bool | None = None
     key_matches: bool | None = None
     outputs: tuple[OutputDifference, ...] = ()
+    utility: dict[str, Any] | None = None
     problems: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -96,6 +104,10 @@ def verify_checkpoint(
     device: str = "cpu",
     progress: Progress | None = None,
     status: Callable[[str], None] | None = None,
+    heldout: Sequence[Batch] | None = None,
+    loss: Loss | RetainFunction | None = None,
+    utility: UtilityFunction | None = None,
+    load: Callable[[Path], nn.Module] | None = None,
 ) -> Verification:
     """Check a locked folder against its certificate, and against its original and key where they are given.
 
@@ -108,6 +120,10 @@ def verify_checkpoint(
         device: Where the models run.
         progress: Called with (bytes done, bytes in all).
         status: Told what is being worked on.
+        heldout: Batches to measure utility on; where they are those of a deformation, it is compared with the recorded one.
+        loss: The task loss of lock time, where one was given.
+        utility: The measure of lock time, where one was given.
+        load: How the folder becomes the model that is measured; None is `load_model` in float32.
 
     Returns:
         What holds and what does not.
@@ -174,6 +190,15 @@ def verify_checkpoint(
                 problems.append(
                     f"outputs in {item.dtype} differ by up to {item.max_abs_logit_difference:.3g}, bit identity was claimed"
                 )
+    measured: dict[str, Any] | None = None
+    notes: list[str] = []
+    if heldout is not None:
+        if status:
+            status("measuring utility")
+        measured, wrong, notes = check_utility(
+            checkpoint.folder, certificate.utility, heldout, loss=loss, utility=utility, load=load, device=device
+        )  # fmt: skip
+        problems += wrong
     # a difference that is not a number is the worst of all
     worst = max(
         outputs,
@@ -194,7 +219,9 @@ def verify_checkpoint(
         source_matches=source_matches,
         key_matches=key_matches,
         outputs=tuple(outputs),
+        utility=measured,
         problems=tuple(problems),
+        notes=tuple(notes),
     )
 
 

@@ -13,13 +13,13 @@ import copy
 import importlib.util
 import io
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from specdef.data.cache import cache_dir
 from specdef.errors import CheckpointError, SpecDefError
 from specdef.weights.atomic import atomic_folder
 
@@ -76,18 +76,6 @@ def smollm2(
             raise
     report(f"SmolLM2-135M-Instruct is ready in {target}")
     return target
-
-
-def cache_dir() -> Path:
-    """Return the folder for converted models.
-
-    Returns:
-        `SPECDEF_CACHE`, else `XDG_CACHE_HOME/specdef`, else `~/.cache/specdef`; it need not exist.
-    """
-    if own := os.environ.get("SPECDEF_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache")).expanduser() / "specdef"
 
 
 def find_gguf() -> Path:
