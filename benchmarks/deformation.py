@@ -38,6 +38,7 @@ from specdef.data.batches import load_batches
 from specdef.lock.deformation.config import DeformationConfig
 from specdef.lock.deformation.matrices import find_matrices
 from specdef.lock.deformation.run import Run
+from specdef.lock.deformation.state import copy_tensors
 from specdef.models.smollm2 import smollm2
 from specdef.models.tiny import tiny_inputs, tiny_model
 
@@ -52,6 +53,9 @@ _STEPS = 10**6  # of the schedule; it is constant, so their number says nothing
 
 class Plain(Run):
     """The same step without the spectral term."""
+
+    def _track(self) -> None:
+        pass
 
     def _add_spectral_gradient(self) -> None:
         pass
@@ -201,7 +205,7 @@ def measure_cost(case: Case, pairs: int, naive_steps: int) -> dict[str, Any]:
     spent = ours.tracker.products - before[0], ours.tracker.refreshes - before[1]
     peak = peak_megabytes()
     error = gradient_error(ours)
-    naive = Naive(model, case.config, plain.matrices, batches, batches[:1], None, None)
+    naive = Naive(model, case.config, plain.matrices, batches, batches[:1], None, None, copy_tensors(model))  # fmt: skip
     for i in range(naive_steps):
         seconds["naive"].append(step(naive, i))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -278,7 +282,7 @@ def measure_accuracy(
 def start(kind: type[Run], model: nn.Module, case: Case, batches: Sequence[Batch]) -> Run:
     """Return a run on a model, ready for its first step."""
     model.train()
-    run = kind(model, case.config, find_matrices(model, case.config), batches, batches[:1], None, None)  # fmt: skip
+    run = kind(model, case.config, find_matrices(model, case.config), batches, batches[:1], None, None, copy_tensors(model))  # fmt: skip
     run.start(None)
     return run
 
@@ -296,6 +300,7 @@ def step(run: Run, index: int) -> float:
 def gradient_error(run: Run) -> float:
     """Return the relative error of the spectral term's gradient, all matrices together, against SVDs through autograd."""
     run.optimizer.zero_grad(set_to_none=True)
+    run._track()
     run._add_spectral_gradient()
     difference = norm = 0.0
     factor = -(1 - run.config.retain_weight) / run.tracker.count

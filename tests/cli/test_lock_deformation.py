@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from specdef.cli import training_progress
 from specdef.cli.retain_data import RetainData, recorded
 from specdef.errors import SpecDefError
-from specdef.lock.certificate import load_certificate
+from specdef.lock.certificate import _digest, load_certificate
 from specdef.lock.deformation.config import DeformationConfig
 from specdef.lock.deformation.plot import draw
 from specdef.models.tiny import tiny_model
@@ -205,6 +205,47 @@ def test_places_can_be_named_and_are_not_overwritten(deform, tmp_path, tree):
 # data
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--plot", "k", "--key", "k"), "at once"),
+        (("--plot", "out.checkpoint.safetensors"), "at once"),
+        (("--plot", "k.png", "--key", "k.attempt.png"), "at once"),
+        (("--plot", "out/p.png"), "inside the locked folder"),
+        (("--checkpoint", "s", "--key", "s"), "key and the state"),
+    ],
+)
+def test_no_file_is_written_over_another(deform, tmp_path, tree, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    refused = deform("vit", "--steps", 2, "--max-utility-loss", "none", *options)
+    assert refused.code == 2 and message in refused.err
+    assert not tree()
+
+
+def test_the_folder_it_is_called_in(run, ready, retain, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    lock = run("lock", ready("vit"), ".", *SMALL, "--retain", retain["vit"], *FAST, "--steps", 2, "--max-utility-loss", "none")  # fmt: skip
+    assert lock.code == 0, lock.err
+    assert (tmp_path / "here.png").exists() and (tmp_path / "here.key.safetensors").exists()
+
+
+def test_a_forged_record_is_no_crash(run, deform, retain, tmp_path):
+    assert deform("vit", *FAST, "--steps", 2, "--max-utility-loss", "none").code == 0
+    path = tmp_path / "out/specdef_certificate.json"
+    original = json.loads(path.read_text())
+    original.pop("sha256")
+    own = original["utility"]["data"]
+    changes = [{"batch_size": "2"}, {"columns": 3}, {"split": 3}, {"task": 3}, {"length": None}, {"retain": 5, "seed": "x"}, {"heldout_split": []}]  # fmt: skip
+    for change in (
+        {"after": "high"}, {"after": math.nan}, {"metric": 4}, {"data": "retain, heldout"}, {"data": [1]}, *({"data": own | x} for x in changes),
+    ):  # fmt: skip
+        values = original | {"utility": original["utility"] | change}
+        path.write_text(json.dumps(values | {"sha256": _digest(values)}))
+        found = run("verify", tmp_path / "out", "--retain", retain["vit"])
+        assert found.code == (0 if {"after", "metric"} & set(change) else 2), (change, found.err)
+
+
 def test_held_out_data_of_its_own(run, deform, retain, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("Who goes there? Nobody goes there any more. " * 40)
@@ -289,6 +330,8 @@ WRONG = {
     "optimizer": (("--retain", "a.txt", "--optimizer", "lion"), "lion"),
     "no batches": (("--retain", "a.txt", "--eval-batches", 0), "--eval-batches must"),
     "held out is trained on": (("--retain", "a.txt", "--heldout", "a.txt"), "very data"),
+    "held out is trained on, by another name": (("--retain", "a.txt", "--heldout", "./a.txt"), "very data"),
+    "held out is trained on, by its split": (("--retain", "a.txt", "--heldout-split", "train"), "very data"),
     "columns": (("--retain", "a.txt", "--columns", "text"), "--columns takes"),
     "no data": (("--retain", "none.csv"), "no such file or folder"),
     "too little": (("--retain", "a.txt", "--num-batches", 4000), "4000 to train on and 2 held out"),

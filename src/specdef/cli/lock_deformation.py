@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from specdef.lock.deformation.retain import Utility
 
 
+_ATTEMPT = ".attempt.png"
+
+
 class Interrupted(SpecDefError):
     """Ctrl-C during the training, whose state was kept."""
 
@@ -72,16 +75,13 @@ class Deformation:
             Interrupted: By Ctrl-C; the state of the training was kept.
         """
         from specdef.lock.lock import lock_checkpoint
-        from specdef.weights.atomic import refuse_existing
 
-        plot = self.plot or self.out.with_name(self.out.name + ".png")
-        refuse_existing(plot)
-        state = self.checkpoint or self.out.with_name(self.out.name + ".checkpoint.safetensors")
+        plot, state = self._require_places()
         loaded, retain, heldout = self._load()
         try:
             with training_view() as view:
                 certificate = lock_checkpoint(
-                    self.folder, self.out, self.recipe, key_path=self.key, source_name=self.source_name, progress=view.bytes,
+                    self.folder, self.out, self.recipe, key_path=self._beside(self.key, ".key.safetensors"), source_name=self.source_name, progress=view.bytes,
                     status=view.status, retain=retain, heldout=heldout, checkpoint=state, resume=self.resume,
                     training_progress=view.training, data=self.data.record(), load=lambda _: loaded.model,
                 )  # fmt: skip
@@ -89,7 +89,7 @@ class Deformation:
             if error.result is not None:
                 history = [snapshot.to_dict() for snapshot in error.result.history]
                 metric = error.result.utility_before.metric
-                self._draw(plot.with_suffix(".attempt.png"), history, 0, metric)
+                self._draw(plot.with_suffix(_ATTEMPT), history, 0, metric)
             raise
         except KeyboardInterrupt:
             if not state.exists():
@@ -102,26 +102,44 @@ class Deformation:
         metric = str(certificate.utility["metric"])
         return certificate, self._draw(plot, training["history"], training["kept_step"], metric)
 
+    def _beside(self, path: Path | None, suffix: str) -> Path:
+        """Return a path that was named, or the one beside the output."""
+        out = self.out if self.out.name else self.out.absolute()  # the folder it is called in
+        return path or out.with_name(out.name + suffix)
+
+    def _require_places(self) -> tuple[Path, Path]:
+        """Return the paths of plot and state; refuse a plot where something else is or will be."""
+        from specdef.weights.atomic import refuse_existing
+
+        plot, key = self._beside(self.plot, ".png"), self._beside(self.key, ".key.safetensors")
+        state = self._beside(self.checkpoint, ".checkpoint.safetensors")
+        refuse_existing(plot)
+        for drawn in (plot, plot.with_suffix(_ATTEMPT)):
+            if drawn.resolve() in (key.resolve(), state.resolve()):
+                raise CheckpointError("is to be the plot and something else at once", path=drawn, hint="Name another --plot.")  # fmt: skip
+        if plot.resolve().is_relative_to(self.out.resolve()):
+            raise CheckpointError("lies inside the locked folder", path=plot, hint="Name another --plot.")  # fmt: skip
+        return plot, state
+
     def dry_run(self, *, as_json: bool) -> None:
         """Say what would be deformed, on what, and about how long it would take; write nothing.
 
         Args:
             as_json: Print one JSON object as well.
         """
-        from specdef.lock.deformation.matrices import find_matrices
+        from specdef.lock.deformation.matrices import find_matrices, track
         from specdef.lock.deformation.memory import memory_bytes
-        from specdef.lock.deformation.run import EVALUATIONS
-        from specdef.spectral.tracking import TopKTracker
 
+        self._require_places()
         recipe = self.recipe
         loaded, train, heldout = self._load()
         matrices = find_matrices(loaded.model, recipe)
-        tracker = TopKTracker({n: m.view(m.parameter.data) for n, m in matrices.items()}, recipe.k)
+        tracker = track(matrices, recipe.k)
         tracker.update()
         moving = [m.parameter for m in matrices.values()] if recipe.train == "targets" else loaded.model.parameters()  # fmt: skip
         utility, step_seconds, eval_seconds = self._measure(loaded.model, train, heldout)
         steps = recipe.steps or recipe.epochs * len(train)
-        evaluations = math.ceil(steps / (recipe.eval_every or max(1, math.ceil(steps / EVALUATIONS))))  # fmt: skip
+        evaluations = math.ceil(steps / recipe.interval(steps))
         shapes = Counter(_shape(name, m, loaded.model) for name, m in matrices.items())
         values: dict[str, Any] = {
             "method": "deformation", "dry_run": True, "out": str(self.out), "config": recipe.to_dict(), "data": self.data.record(),
@@ -149,7 +167,7 @@ class Deformation:
         self, model: nn.Module, train: list[dict[str, Tensor]], heldout: list[dict[str, Tensor]]
     ) -> tuple[Utility, float, float]:
         """Return (utility now, seconds of a pass forward and back, seconds of an evaluation); the model is left as it was."""
-        from specdef.lock.deformation.data import require_fit
+        from specdef.lock.deformation.data import require_finite, require_fit
         from specdef.lock.deformation.memory import explained_memory
         from specdef.lock.deformation.retain import (
             Retain,
@@ -159,8 +177,9 @@ class Deformation:
         )
 
         teacher: Teacher = "online" if self.recipe.teacher == "online" else "cached"
+        require_fit(model, train, heldout, None)
         retain = Retain(model, kind=self.recipe.retain_loss, teacher=teacher, batches=train[:1])
-        require_fit(model, retain, train[:1], heldout, None)
+        require_finite(model, retain, train[:1], heldout, None)
         with explained_memory():
             began = time.perf_counter()
             utility = measure_utility(model, heldout)

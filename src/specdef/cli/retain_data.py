@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from specdef.cli.task_model import TaskModel
 
 
+_COUNTS = frozenset(("batch_size", "num_batches", "eval_batches", "length", "seed"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetainData:
     """How batches are drawn.
@@ -54,7 +57,8 @@ class RetainData:
         for name in ("batch_size", "num_batches", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1.")
-        if self.apart and (self.heldout or self.retain, self.heldout_split) == (self.retain, self.split):  # fmt: skip
+        held = (Path(self.heldout or self.retain).resolve(), self.heldout_split or "train")
+        if self.apart and held == (Path(self.retain).resolve(), self.split or "train"):
             raise ValueError(
                 "--heldout names the very data that is trained on; leave it out to hold some of it out."
             )
@@ -160,7 +164,7 @@ def recorded(values: Mapping[str, Any], given: Mapping[str, Any]) -> RetainData:
             f"utility was measured on held-out data of its own ({known['heldout']})",
             hint="Name it: --heldout DATA.",
         )
-    try:
-        return RetainData(**known)
-    except (TypeError, AttributeError) as error:
-        raise SpecDefError(f"the certificate's data cannot be read ({error})") from error
+    for name, value in known.items():  # a certificate may be forged
+        if type(value) is not int if name in _COUNTS else not isinstance(value, str | None):
+            raise SpecDefError(f"the certificate's data cannot be read ({name}: {value!r})", hint=f"Name it: --{name.replace('_', '-')}.")  # fmt: skip
+    return RetainData(**known)

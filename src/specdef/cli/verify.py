@@ -153,7 +153,8 @@ def _batches(folder: Path, given: dict[str, Any], *, device: str) -> dict[str, A
             f"{folder}: {certificate.method} locks record no utility",
             hint="Leave --retain and --heldout out; --original compares outputs.",
         )
-    data = recorded(certificate.utility.get("data") or {}, given)
+    drawn = certificate.utility.get("data")
+    data = recorded(drawn if isinstance(drawn, dict) else {}, given)
     wide = any(info.dtype == "F64" for info in Checkpoint.open(folder).infos.values())
     loaded = load_task_model(
         folder, task=data.task, dtype="float64" if wide else "float32", device=device

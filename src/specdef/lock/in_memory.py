@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def lock_model(
     *,
     calibration: Iterable[Batch] | None = None,
     retain: Iterable[RetainBatch] | None = None,
-    heldout: Sequence[RetainBatch] | None = None,
+    heldout: Iterable[RetainBatch] | None = None,
     loss: Loss | RetainFunction | None = None,
     utility: UtilityFunction | None = None,
     checkpoint: str | Path | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +99,7 @@ def lock_checkpoint(
     progress: Progress | None = None,
     status: Callable[[str], None] | None = None,
     retain: Iterable[RetainBatch] | None = None,
-    heldout: Sequence[RetainBatch] | None = None,
+    heldout: Iterable[RetainBatch] | None = None,
     loss: Loss | RetainFunction | None = None,
     utility: UtilityFunction | None = None,
     checkpoint: str | Path | None = None,
@@ -272,24 +272,29 @@ def _lock(
             status("calibrating")
         scores = calibrate_checkpoint(checkpoint, calibration, config)
     banned: set[tuple[str, int]] = set()
-    had_key = key_path.exists()
+    written: list[Path] = []
     while True:
         plan = plan_lock(checkpoint, config, scores=scores, banned=banned, status=status)
         Key.from_plan(plan, config).require_place(key_path)  # before the work, not after it
         try:
             with atomic_folder(out) as work:
-                return _write(
-                    checkpoint, work, plan, config, key_path, source_name, scores, progress, status
+                certificate, key = _write(
+                    checkpoint, work, plan, config, source_name, scores, progress, status
                 )
+                had_key = key_path.exists()
+                key.save(key_path)
+                written += [] if had_key else [key_path]
+            return certificate
         except OutOfRange as error:
             # The plan saw a sample of large tensors; a value outside it does not fit. Take the next best channel.
             banned |= offending(plan, checkpoint, error)
             if len(banned) > RETRIES:
                 raise
         except BaseException:
-            if not had_key and not (out / CERTIFICATE_NAME).exists():
-                with suppress(OSError):  # a key without its lock would block the next one
-                    key_path.unlink()
+            if not (out / CERTIFICATE_NAME).exists():
+                for path in written:
+                    with suppress(OSError):  # a key without its lock would block the next one
+                        path.unlink()
             raise
 
 
@@ -298,12 +303,11 @@ def _write(
     work: Path,
     plan: LockPlan,
     config: LockConfig,
-    key_path: Path,
     source_name: str,
     scores: Mapping[str, Tensor] | None,
     progress: Progress | None,
     status: Callable[[str], None] | None,
-) -> LockCertificate:
+) -> tuple[LockCertificate, Key]:
     if status:
         status("writing")
     residuals: dict[str, Tensor] = {}
@@ -347,5 +351,4 @@ def _write(
     )  # fmt: skip
     write_card(work, certificate)
     certificate.write(work)
-    key.save(key_path)
-    return certificate
+    return certificate, key

@@ -60,10 +60,11 @@ def decode_residual(residual: Tensor, rebuilt: Tensor) -> Tensor:
         ValueError: The residual does not fit the tensor.
     """
     try:
-        data = zlib.decompress(as_bytes(residual), bufsize=max(8 * rebuilt.numel(), 1))
+        stream = zlib.decompressobj()
+        data = stream.decompress(as_bytes(residual), 8 * rebuilt.numel() + 1)  # and no bomb
     except zlib.error as error:
         raise ValueError(f"residual cannot be decompressed: {error}") from error
-    if len(data) != 8 * rebuilt.numel():
+    if len(data) != 8 * rebuilt.numel() or not stream.eof:
         raise ValueError("residual does not fit the tensor")
     planes = np.frombuffer(data, dtype=np.uint8).reshape(8, -1)
     flat = rebuilt.detach().reshape(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def verify_checkpoint(
     device: str = "cpu",
     progress: Progress | None = None,
     status: Callable[[str], None] | None = None,
-    heldout: Sequence[Batch] | None = None,
+    heldout: Iterable[Batch] | None = None,
     loss: Loss | RetainFunction | None = None,
     utility: UtilityFunction | None = None,
     load: Callable[[Path], nn.Module] | None = None,

@@ -15,7 +15,7 @@ from specdef.errors import CheckpointError, SpecDefError
 from specdef.lock.card import write_card
 from specdef.lock.certificate import LockCertificate, build_certificate
 from specdef.lock.deformation.config import DeformationConfig
-from specdef.lock.deformation.stored import HALF, Stored, Training, deform_stored
+from specdef.lock.deformation.stored import HALF, Stored, Training, deform_stored, require_change
 from specdef.lock.files import other_files_sha256
 from specdef.lock.key import Key
 from specdef.lock.load import load_model
@@ -81,14 +81,18 @@ def deform_checkpoint(
     )
     if status:
         status("writing")
+    saved = False
     try:
         with atomic_folder(out) as work:
-            certificate = _write(
-                checkpoint, work, tensors, stored, config, key_path, source_name, progress
+            certificate, key = _write(
+                checkpoint, work, tensors, stored, config, source_name, progress
             )
+            key.save(key_path)
+            saved = True
     except BaseException:
-        if not (out / CERTIFICATE_NAME).exists():
-            with suppress(OSError):  # a key without its lock would block the next one
+        # a key without its lock would block the next one; one that is not ours is another model's original
+        if saved and not (out / CERTIFICATE_NAME).exists():
+            with suppress(OSError):
                 key_path.unlink()
         raise
     state.unlink(missing_ok=True)
@@ -172,6 +176,10 @@ def _require_places(out: Path, key_path: Path, state: Path) -> None:
             "already exists, and every training makes a new key", path=key_path,
             hint="Name another --key; a lost key is a lost original.",
         )  # fmt: skip
+    if state.resolve() == key_path.resolve():
+        raise CheckpointError(
+            "is to be the key and the state of the training at once", path=state, hint="Name another --checkpoint."
+        )  # fmt: skip
     if state.resolve().is_relative_to(out.resolve()):
         raise CheckpointError(
             "lies inside the locked folder", path=state, hint="Keep the state of the training elsewhere."
@@ -192,10 +200,9 @@ def _write(
     tensors: dict[str, Tensor],
     stored: Stored,
     config: DeformationConfig,
-    key_path: Path,
     source_name: str,
     progress: Progress | None,
-) -> LockCertificate:
+) -> tuple[LockCertificate, Key]:
     residuals: dict[str, Tensor] = {}
 
     def replaced(name: str) -> ReplaceEdit:
@@ -210,6 +217,7 @@ def _write(
     hashes = rewrite_tensors(
         checkpoint, work, {name: replaced(name) for name in tensors}, progress=progress, workers=1
     )
+    require_change(residuals)
     _, dropped = copy_other_files(checkpoint, work)
     key = Key(method="deformation", config=config, residuals=residuals, hashes=hashes)
     certificate = build_certificate(
@@ -218,5 +226,4 @@ def _write(
     )  # fmt: skip
     write_card(work, certificate)
     certificate.write(work)
-    key.save(key_path)
-    return certificate
+    return certificate, key

@@ -19,6 +19,9 @@ DEFAULT_LEARNING_RATE: dict[str, float] = {
 }  # fmt: skip
 """adadelta: papers/001, B.2. The others are the usual ones of fine-tuning, not the paper's."""
 
+_EVALUATIONS = 20
+"""Of a run whose `eval_every` is None."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("deformation",),
     "optimizer": tuple(DEFAULT_LEARNING_RATE),
@@ -117,14 +120,18 @@ class DeformationConfig:
             raise ValueError(f"target_growth must be finite and above 1, got {self.target_growth}.")
         for name in ("weight_decay", "max_utility_loss"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}.")
+            if value is not None and not 0 <= value < math.inf:  # JSON knows no infinity
+                raise ValueError(f"{name} must be finite and at least 0, got {value}.")
 
     @property
     def rate(self) -> float:
         """The learning rate, default filled in."""
         chosen = self.learning_rate
         return DEFAULT_LEARNING_RATE[self.optimizer] if chosen is None else chosen
+
+    def interval(self, steps: int) -> int:
+        """Return the steps between evaluations of a run of so many, default filled in."""
+        return self.eval_every or max(1, math.ceil(steps / _EVALUATIONS))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values, `learning_rate` filled in."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from specdef.curvature.cross_entropy import IGNORE
 from specdef.curvature.losses import Batch, Loss, MSELoss
 from specdef.errors import SpecDefError
-from specdef.lock.deformation.memory import explained_memory
+from specdef.lock.deformation.fit import explained_fit
 from specdef.lock.deformation.retain import (
     Retain,
     RetainFunction,
@@ -23,8 +23,6 @@ from specdef.lock.deformation.retain import (
 
 HELD_OUT = 10
 """One of so many retain batches is held out where the caller names no held-out data."""
-
-_T = TypeVar("_T")
 
 _SEED_STRIDE = 1_000_003
 
@@ -43,17 +41,17 @@ class Batches(Protocol):
 
 
 def split_held_out(
-    retain: Iterable[Batch], heldout: Sequence[Batch] | None
+    retain: Iterable[Batch], heldout: Iterable[Batch] | None
 ) -> tuple[Batches, Sequence[Batch]]:
     """Return training and held-out batches.
 
     Args:
         retain: All batches: a list, or anything that can be passed over again and again and knows its length, like a
             `DataLoader`. A generator is read into a list.
-        heldout: Held-out batches; None takes the last tenth of a list, at least one.
+        heldout: Held-out batches, of any kind that ends; None takes the last tenth of a list, at least one.
 
     Returns:
-        (training, held out).
+        (training, held out); held-out batches are a list, whatever they were.
 
     Raises:
         SpecDefError: There is nothing to train on, or nothing to hold out.
@@ -68,7 +66,9 @@ def split_held_out(
             raise SpecDefError(f"{len(retain)} retain batch{'' if len(retain) == 1 else 'es'} cannot be split into training and held-out data", hint=hint)  # fmt: skip
         cut = len(retain) - max(1, len(retain) // HELD_OUT)
         return retain[:cut], retain[cut:]
-    if not len(heldout):
+    if not isinstance(heldout, Sequence):
+        heldout = list(heldout)
+    if not heldout:
         raise SpecDefError("the held-out data is empty", hint=hint)
     if not isinstance(retain, Batches):
         raise SpecDefError(
@@ -82,7 +82,7 @@ def split_held_out(
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     """Return the order a list of batches is taken in: another one in every epoch, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + epoch)
+    generator = torch.Generator().manual_seed(_epoch_seed(seed, epoch))
     return torch.randperm(count, generator=generator).tolist()
 
 
@@ -104,8 +104,7 @@ def batches_from(train: Batches, seed: int, first: int, last: int) -> Iterator[t
         if isinstance(train, Sequence):
             numbered: Iterable[tuple[int, Batch]] = ((i, train[i]) for i in epoch_order(per_epoch, seed, epoch))  # fmt: skip
         else:
-            torch.manual_seed(seed * _SEED_STRIDE + epoch)  # a shuffling loader draws from it
-            numbered = enumerate(iter(train))
+            numbered = enumerate(_drawn_apart(train, _epoch_seed(seed, epoch)))
         seen = -1
         for seen, (index, batch) in enumerate(numbered):
             if seen >= skip and step < last:
@@ -118,17 +117,76 @@ def batches_from(train: Batches, seed: int, first: int, last: int) -> Iterator[t
             )
 
 
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return (seed * _SEED_STRIDE + epoch) % (1 << 63)
+
+
+def _drawn_apart(loader: Iterable[Batch], seed: int) -> Iterator[Batch]:
+    """Yield batches that are drawn with random numbers of their own: those of dropout go on as if nothing were drawn.
+
+    So a resumed run, which passes over the batches it has seen, has the numbers it would have had.
+    """
+    own = torch.Generator().manual_seed(seed).get_state()
+    batches: Iterator[Batch] | None = None
+    while True:
+        others = torch.get_rng_state()
+        torch.set_rng_state(own)
+        try:
+            batches = iter(loader) if batches is None else batches
+            batch = next(batches)
+        except StopIteration:
+            return
+        finally:
+            own = torch.get_rng_state()
+            torch.set_rng_state(others)
+        yield batch
+
+
 def require_fit(
     model: nn.Module,
-    retain: Retain,
     train: Batches,
     heldout: Sequence[Batch],
     loss: Loss | RetainFunction | None,
 ) -> None:
     """Refuse data that does not fit the model, before the first step.
 
-    Labels and token ids of every batch are looked at where batches are a list; the first training and held-out batches
-    are run through the model.
+    Labels and token ids of every batch are looked at where batches are a list; the first one is run through the model.
+
+    Args:
+        model: The model.
+        train: Training batches.
+        heldout: Held-out batches.
+        loss: The task loss.
+
+    Raises:
+        SpecDefError: The model cannot take a batch, or a label or token is out of range.
+    """
+    lists = [train] if isinstance(train, Sequence) else []
+    for batches in (*lists, heldout):
+        for number, batch in enumerate(batches):
+            _require_batch(batch, number)
+            _require_tokens(model, batch, f"batch {number} of the retain data")
+    _, first = next(batches_from(train, 0, 0, 1))
+    _require_batch(first, 0)
+    with evaluating(model), torch.no_grad(), explained_fit(model, first):
+        classes = _classes(model, to_device(first, model), loss)
+    if classes is not None:
+        for batches in (*lists, heldout):
+            for number, batch in enumerate(batches):
+                _require_labels(model, batch, loss, classes, number)
+
+
+def require_finite(
+    model: nn.Module,
+    retain: Retain,
+    train: Batches,
+    heldout: Sequence[Batch],
+    loss: Loss | RetainFunction | None,
+) -> None:
+    """Refuse a loss that is not finite, or will not be, before the first step.
+
+    It is computed for the first training and held-out batches; of the other training batches, where they are a list, it
+    is seen whether any label counts.
 
     Args:
         model: The model.
@@ -138,47 +196,31 @@ def require_fit(
         loss: The task loss.
 
     Raises:
-        SpecDefError: The model cannot take a batch, a label or token is out of range, or the loss is not finite.
+        SpecDefError: It is not finite, or cannot be computed.
     """
-    lists = [train] if isinstance(train, Sequence) else []
-    for batches in (*lists, heldout):
-        for number, batch in enumerate(batches):
-            _require_tokens(model, batch, f"batch {number} of the retain data")
     index, first = next(batches_from(train, 0, 0, 1))
-    own = to_device(first, model)
-    classes = _fitting(model, first, lambda: _classes(model, own, loss))
-    if classes is not None:
-        for batches in (*lists, heldout):
-            for number, batch in enumerate(batches):
-                _require_labels(model, batch, loss, classes, number)
     other = heldout[0]
-    values = {
-        "retain loss": _fitting(model, first, lambda: float(retain(model, own, index))),
-        "held-out retain loss": _fitting(
-            model, other, lambda: float(retain.task(model, to_device(other, model)))
-        ),
-    }
+    values = {}
+    with evaluating(model), torch.no_grad():
+        with explained_fit(model, first):
+            values["retain loss"] = float(retain(model, to_device(first, model), index))
+        with explained_fit(model, other):
+            values["held-out retain loss"] = float(retain.task(model, to_device(other, model)))
     for what, value in values.items():
         if not math.isfinite(value):
             raise SpecDefError(
                 f"the {what} of the model as it is, is {value}",
                 hint="The model or the data is damaged, or a batch has no label that counts.",
             )
-
-
-def _fitting(model: nn.Module, batch: Batch, run: Callable[[], _T]) -> _T:
-    """Run a model on a batch, saying what does not fit where torch would say how."""
-    with evaluating(model), torch.no_grad(), explained_memory():
-        try:
-            return run()
-        except (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if callable(loss) or not isinstance(train, Sequence):
+        return
+    for number, batch in enumerate(train):
+        kind = task_loss(model, batch, loss)
+        if not kind.count(kind.targets(batch)):
             raise SpecDefError(
-                f"the retain data does not fit the model: {reason[:300]}",
-                hint=f"Batches are what {type(model).__name__} takes: {_shapes(batch)} was given.",
-            ) from error
+                f"batch {number} of the retain data has no label that counts",
+                hint="Leave it out: its loss is a mean over nothing.",
+            )
 
 
 def _classes(model: nn.Module, batch: Batch, loss: Loss | RetainFunction | None) -> int | None:
@@ -186,6 +228,14 @@ def _classes(model: nn.Module, batch: Batch, loss: Loss | RetainFunction | None)
         return None
     kind = task_loss(model, batch, loss)
     return None if isinstance(kind, MSELoss) else int(kind.outputs(model, batch).shape[-1])
+
+
+def _require_batch(batch: Any, number: int) -> None:
+    if not isinstance(batch, Mapping | Sequence) or isinstance(batch, str):
+        raise SpecDefError(
+            f"batch {number} of the retain data is a {type(batch).__name__}",
+            hint='Give batches: dicts with a tensor under "labels", or (input, target) pairs.',
+        )
 
 
 def _require_labels(model: nn.Module, batch: Batch, loss: Any, classes: int, number: int) -> None:
@@ -211,8 +261,3 @@ def _require_tokens(model: nn.Module, batch: Batch, where: str) -> None:
             f"{where} has the token {int(ids.max())}; the model knows 0..{size - 1}",
             hint="Use the model's own tokenizer.",
         )
-
-
-def _shapes(batch: Batch) -> str:
-    items = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
-    return ", ".join(f"{n} {list(x.shape)}" for n, x in items if isinstance(x, Tensor))

@@ -7,7 +7,7 @@ to the gradient of the retain loss before the optimiser sees it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from specdef.curvature.losses import Batch, Loss
-from specdef.errors import CheckpointError, NotConverged
+from specdef.errors import CheckpointError, NotConverged, SpecDefError
 from specdef.lock.deformation.config import DeformationConfig
 from specdef.lock.deformation.data import split_held_out
 from specdef.lock.deformation.matrices import WeightMatrix, find_matrices
@@ -41,7 +41,7 @@ def deform(
     model: nn.Module,
     config: DeformationConfig,
     retain: Iterable[Batch],
-    heldout: Sequence[Batch] | None = None,
+    heldout: Iterable[Batch] | None = None,
     *,
     loss: Loss | RetainFunction | None = None,
     utility: UtilityFunction | None = None,
@@ -80,6 +80,8 @@ def deform(
         NotConverged: No state after the start may be kept; `.result` says what was tried.
     """
     matrices = find_matrices(model, config)
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise SpecDefError("the model lies on several devices", hint="Load it on one.")
     if checkpoint is not None and checkpoint.exists() and not resume:
         raise CheckpointError(
             "is the state of an unfinished lock", path=checkpoint,
@@ -97,8 +99,7 @@ def deform(
     ):
         original = copy_tensors(model)
         try:
-            run = Run(model, config, matrices, train, held, loss, utility)
-            run.good = original
+            run = Run(model, config, matrices, train, held, loss, utility, original)
             run.start(checkpoint if resume else None)
             result = run.train(checkpoint, checkpoint_seconds, interrupted.is_set, progress)
             if result.kept_step == 0:
@@ -117,9 +118,13 @@ def deform(
 
 @contextmanager
 def _prepared(model: nn.Module, matrices: dict[str, WeightMatrix], trained: str) -> Iterator[None]:
-    """Set training mode and what moves; put modes, `requires_grad` and (empty) gradients back afterwards."""
+    """Set training mode and what moves; put modes, `requires_grad` and (empty) gradients back afterwards.
+
+    Buffers stay the same objects, too: a module may assign a new one in its forward, and callers hold the old.
+    """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
     moving = {id(item.parameter) for item in matrices.values()}
     if trained == "targets":
         for parameter in model.parameters():
@@ -133,3 +138,8 @@ def _prepared(model: nn.Module, matrices: dict[str, WeightMatrix], trained: str)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+        for module, name, buffer in buffers:
+            now = module._buffers.get(name)
+            if now is not None and now is not buffer:
+                buffer.data = now.detach()
+                module._buffers[name] = buffer

@@ -12,11 +12,16 @@ from specdef.errors import SelectionError, SpecDefError
 from specdef.lock.deformation.config import DeformationConfig
 from specdef.lock.selection import check_selection
 from specdef.spectral.topk import topk_svd
+from specdef.spectral.tracking import TopKTracker
 from specdef.symmetries import layer_index, matches, module_name
 
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+_REPARAMETRISED = ("g", "v", "orig")
+"""How weight norm, spectral norm and pruning of old end the names of what a weight is computed from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ def find_matrices(model: nn.Module, config: DeformationConfig) -> dict[str, Weig
 
     Weights of linear layers, attention and convolutions, stacked experts, and, where `config.embeddings` says so,
     embeddings; a tensor tied to an embedding counts as one. Left out: vectors, position tables and class tokens (bare
-    parameters whose first axis is 1), norms, and what `requires_grad` excludes.
+    parameters named so or with a first axis of 1), norms, and what `requires_grad` excludes.
 
     Args:
         model: Any module.
@@ -77,21 +82,23 @@ def find_matrices(model: nn.Module, config: DeformationConfig) -> dict[str, Weig
         SpecDefError: A matrix has fewer than k singular values, or is parametrised or no plain float.
     """
     modules = dict(model.named_modules())
-    embedded = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    embedded = {id(m.weight) for m in modules.values() if isinstance(m, _EMBEDDINGS)}
     candidates: dict[str, WeightMatrix] = {}
     for name, parameter in model.named_parameters():
-        owner = modules[name.rpartition(".")[0]]
-        if ".parametrizations." in name or name.endswith(("weight_g", "weight_v")):
+        path, _, own = name.rpartition(".")
+        owner = modules[path]
+        if ".parametrizations." in name or _reparametrised(owner, own):
             raise SpecDefError(
                 f"{name} is a parametrisation of a weight, not the weight itself",
-                hint="Remove it first: torch.nn.utils.parametrize.remove_parametrizations.",
+                hint="Remove it first: torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+                "remove_spectral_norm or prune.remove.",
             )
-        if parameter.ndim < 2 or isinstance(owner, nn.LayerNorm) or not parameter.requires_grad:
+        if parameter.ndim < 2 or isinstance(owner, _NORMS) or not parameter.requires_grad:
             continue
         if id(parameter) in embedded and not config.embeddings:
             continue
-        leaf = isinstance(owner, (nn.Linear, nn.Embedding, *_CONVOLUTIONS))
-        if not leaf and parameter.shape[0] == 1:
+        leaf = isinstance(owner, (nn.Linear, *_EMBEDDINGS, *_CONVOLUTIONS))
+        if not leaf and (parameter.shape[0] == 1 or "position" in own or "pos_emb" in own):
             continue
         stacked = parameter.ndim == 3 and not isinstance(owner, _CONVOLUTIONS)
         candidates[name] = WeightMatrix(parameter, stacked)
@@ -109,6 +116,22 @@ def find_matrices(model: nn.Module, config: DeformationConfig) -> dict[str, Weig
         )
     _check(chosen, config.k)
     return chosen
+
+
+def track(matrices: Mapping[str, WeightMatrix], k: int, *, seed: int = 0) -> TopKTracker:
+    """Return a tracker of the k largest singular triplets of some matrices.
+
+    Args:
+        matrices: As `find_matrices` gives them.
+        k: Triplets per matrix.
+        seed: Of computations from scratch.
+
+    Returns:
+        The tracker, not yet updated; float64 throughout is tracked to ten digits, for those who compare them.
+    """
+    views = {name: item.view(item.parameter.data) for name, item in matrices.items()}
+    exact = all(view.dtype == torch.float64 for view in views.values())
+    return TopKTracker(views, k, tol=1e-10 if exact else 1e-2, seed=seed)
 
 
 def largest_singular_values(matrices: Mapping[str, WeightMatrix]) -> dict[str, float]:
@@ -132,6 +155,12 @@ def _selected(name: str, config: DeformationConfig) -> bool:
     path = module_name(name)
     inside = config.layers is None or layer_index(path) in config.layers
     return inside and (config.target_modules is None or matches(path, config.target_modules))
+
+
+def _reparametrised(owner: nn.Module, own: str) -> bool:
+    """Say whether the owner computes a weight from this parameter."""
+    base, _, end = own.rpartition("_")
+    return end in _REPARAMETRISED and hasattr(owner, base) and base not in owner._parameters
 
 
 def _check(chosen: Mapping[str, WeightMatrix], k: int) -> None:

@@ -60,13 +60,18 @@ def require_memory(model: nn.Module, config: DeformationConfig, trained: int) ->
     Raises:
         SpecDefError: It needs more than the device has.
     """
-    needed = memory_bytes(model, config, trained)
-    total = memory_total(next(model.parameters()).device)
-    if total is not None and needed > total:
-        raise SpecDefError(
-            f"the deformation needs {needed / 1e9:.1f} GB besides activations, and the device has {total / 1e9:.1f} GB",
-            hint=HINT,
-        )
+    device = next(model.parameters()).device
+    needed = {device: memory_bytes(model, config, trained)}
+    if device.type != "cpu":  # the original and the last good state are kept beside the CPU
+        copies = 2 * sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        needed = {device: needed[device] - copies, torch.device("cpu"): copies}
+    for place, size in needed.items():
+        total = memory_total(place)
+        if total is not None and size > total:
+            raise SpecDefError(
+                f"the deformation needs {size / 1e9:.1f} GB besides activations, and the device has {total / 1e9:.1f} GB",
+                hint=HINT,
+            )
 
 
 @contextmanager

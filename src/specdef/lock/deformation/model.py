@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from specdef.lock.certificate import LockCertificate, build_certificate
 from specdef.lock.deformation.config import DeformationConfig
-from specdef.lock.deformation.state import copy_tensors, model_tensors
-from specdef.lock.deformation.stored import HALF, Training, deform_stored
+from specdef.lock.deformation.state import copy_tensors, model_tensors, restore_tensors
+from specdef.lock.deformation.stored import HALF, Training, deform_stored, require_change
 from specdef.lock.key import Key
 from specdef.lock.residual import encode_residual
 from specdef.weights.rewrite import TensorHashes
@@ -47,6 +46,7 @@ def deform_model(
             )
             if as_bytes(now) != as_bytes(before[name]):
                 residuals[name] = encode_residual(before[name], now)
+        require_change(residuals)
     key = Key(method="deformation", config=config, residuals=residuals, hashes=hashes)
     certificate = build_certificate(
         stored.plan, key, config, files={}, source_name=type(model).__name__, calibrated=False,
@@ -78,8 +78,6 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         narrow()
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(original[name])
+        restore_tensors(model, original)
         raise
     narrow()

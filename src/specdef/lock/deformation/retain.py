@@ -24,6 +24,7 @@ from specdef.curvature.losses import (
 from specdef.errors import SpecDefError
 from specdef.lock.deformation.config import RetainLoss, Teacher
 from specdef.lock.deformation.divergence import kl_terms
+from specdef.lock.deformation.fit import explained_fit
 
 RetainFunction = Callable[[nn.Module, Batch], Tensor]
 """A user's retain loss: model and batch to a scalar that can be differentiated."""
@@ -134,7 +135,11 @@ class Retain:
             A scalar.
         """
         if callable(self._loss):
-            return self._loss(model, batch)
+            value = self._loss(model, batch)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                what = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise SpecDefError(f"the retain loss gave {what}", hint="Return one number as a tensor, with its graph.")  # fmt: skip
+            return value
         loss = task_loss(model, batch, self._loss)
         return task_mean(loss, loss.outputs(model, batch), batch)
 
@@ -157,7 +162,8 @@ class Retain:
             for batch in batches:
                 own = to_device(batch, model)
                 loss = None if callable(self._loss) else task_loss(model, own, self._loss)
-                kept.append(_rows(model, own, loss).cpu())
+                with explained_fit(model, batch):
+                    kept.append(_rows(model, own, loss).cpu())
                 if kept[0].nbytes * len(batches) > limit:
                     return None
         return kept
@@ -179,7 +185,9 @@ def task_loss(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Loss:
     """
     if loss is not None:
         return loss
-    if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    bare = getattr(model, "_orig_mod", model)  # torch.compile
+    bare = bare.module if isinstance(bare, nn.DataParallel) else bare
+    if type(bare).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return LMLoss()
     labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
     if not isinstance(labels, Tensor):
@@ -237,11 +245,21 @@ def measure_utility(
 
 
 def to_device(batch: Batch, model: nn.Module) -> Batch:
-    """Return a batch with its tensors on the device of the model's first parameter."""
-    device = next(model.parameters()).device
+    """Return a batch with its tensors on the device of the model's first parameter; half precision in its dtype.
+
+    Batches for a model in half precision reach it so while it is trained in float32.
+    """
+    parameter = next(model.parameters())
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        half = value.dtype in (torch.bfloat16, torch.float16)
+        return value.to(parameter.device, parameter.dtype if half else value.dtype)
+
     if isinstance(batch, Mapping):
-        return {n: x.to(device) if isinstance(x, Tensor) else x for n, x in batch.items()}
-    return [x.to(device) if isinstance(x, Tensor) else x for x in batch]
+        return {name: moved(value) for name, value in batch.items()}
+    return [moved(value) for value in batch]
 
 
 @contextmanager

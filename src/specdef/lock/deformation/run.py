@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from specdef.curvature.losses import Batch, Loss
 from specdef.errors import SpecDefError
 from specdef.lock.deformation.config import DeformationConfig
-from specdef.lock.deformation.data import Batches, batches_from, require_fit
-from specdef.lock.deformation.matrices import WeightMatrix, largest_singular_values
+from specdef.lock.deformation.data import Batches, batches_from, require_finite, require_fit
+from specdef.lock.deformation.fit import explained_fit
+from specdef.lock.deformation.matrices import WeightMatrix, largest_singular_values, track
 from specdef.lock.deformation.memory import require_memory
 from specdef.lock.deformation.optimizers import make_optimizer, rate_factor
 from specdef.lock.deformation.records import DeformationResult, Progress, Snapshot, Stopped
@@ -30,15 +31,11 @@ from specdef.lock.deformation.retain import (
 )
 from specdef.lock.deformation.state import (
     copy_tensors,
-    data_digest,
     load_state,
     restore_tensors,
+    run_identity,
     save_state,
 )
-from specdef.spectral.tracking import TopKTracker
-
-EVALUATIONS = 20
-"""Evaluations of a run where `eval_every` is None."""
 
 
 class Run:
@@ -52,6 +49,7 @@ class Run:
         held: Held-out batches.
         loss: The task loss.
         utility: The user's measure of utility.
+        original: Its tensors as they are, on the CPU.
     """
 
     def __init__(
@@ -63,30 +61,29 @@ class Run:
         held: Sequence[Batch],
         loss: Loss | RetainFunction | None,
         utility: UtilityFunction | None,
+        original: dict[str, Tensor],
     ) -> None:
         self.model, self.config, self.matrices = model, config, matrices
         self.train_batches, self.held = train, held
         self.loss, self.utility = loss, utility
         self.per_epoch = len(train)
         self.steps = config.steps or config.epochs * self.per_epoch
-        self.every = config.eval_every or max(1, math.ceil(self.steps / EVALUATIONS))
+        self.every = config.interval(self.steps)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         require_memory(model, config, sum(p.numel() for p in self.parameters))
         torch.manual_seed(config.seed)
+        require_fit(model, train, held, loss)
         batches = train if isinstance(train, Sequence) else None
-        self.retain = Retain(
-            model, kind=config.retain_loss, teacher=config.teacher, loss=loss, batches=batches
-        )
-        require_fit(model, self.retain, train, held, loss)
+        self.retain = Retain(model, kind=config.retain_loss, teacher=config.teacher, loss=loss, batches=batches)  # fmt: skip
+        require_finite(model, self.retain, train, held, loss)
         self.optimizer = make_optimizer(self.parameters, config)
-        views = {n: m.view(m.parameter.data) for n, m in matrices.items()}
-        self.tracker = TopKTracker(views, config.k, tol=_tolerance(views.values()), seed=config.seed)  # fmt: skip
-        self.good: dict[str, Tensor] = {}
+        self.tracker = track(matrices, config.k, seed=config.seed)
+        self.original = self.good = original
         self.kept, self.below, self.step, self.met = 0, 0, 0, False
         self.history: list[Snapshot] = []
         self.spent, self.training, self.spectral = 0.0, 0.0, 0.0
         self.losses: list[float] = []
-        self.digest = ""
+        self.identity: dict[str, Any] = {}
 
     def start(self, state: Path | None) -> None:
         """Measure the original; then go to a saved state, if there is one.
@@ -98,11 +95,11 @@ class Run:
         self.sigma_before = self._sigma()
         self.utility_before = measure_utility(self.model, self.held, self.loss, self.utility)
         self.began = time.perf_counter()
-        if not math.isfinite(self.utility_before.value):
-            raise SpecDefError(
-                f"the utility of the model as it is, is {self.utility_before.value}",
-                hint="The model or the held-out data is damaged.",
-            )
+        for what, value in (("utility", self.utility_before.value), ("held-out loss", self.utility_before.loss)):  # fmt: skip
+            if not math.isfinite(value):
+                raise SpecDefError(f"the {what} of the model as it is, is {value}", hint="The model or the held-out data is damaged.")  # fmt: skip
+        if self._reached():
+            raise SpecDefError(f"sigma_max of the model as it is, is {max(self.sigma_before.values()):.4g} already", hint="Raise target_sigma_max above it.")  # fmt: skip
         if state is None:
             self.history.append(self._snapshot(self.utility_before))
             return
@@ -139,10 +136,10 @@ class Run:
             problem = self._step(index, batch)
             self.step += 1
             snapshot = None
-            if problem is None and self._due():
+            if problem is None and self._due() and (problem := self._track()) is None:
                 snapshot = self._evaluate()
                 stopped = self._verdict(snapshot)
-            elif problem:
+            if problem:
                 stopped = ("diverged", f"{problem} in step {self.step}")
             if progress:
                 done = time.perf_counter() - self.began
@@ -174,13 +171,17 @@ class Run:
         began = time.perf_counter()
         weight = self.config.retain_weight
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.retain(self.model, to_device(batch, self.model), index)
+        with explained_fit(self.model, batch):
+            loss = self.retain(self.model, to_device(batch, self.model), index)
+        if not loss.requires_grad:
+            raise SpecDefError("the retain loss depends on no weight that moves", hint="Return it with its graph: no detach, item or no_grad.")  # fmt: skip
         (loss if weight == 1 else weight * loss).backward()  # type: ignore[no-untyped-call]
+        if loss.is_cuda:  # what follows would be charged with the wait
+            torch.cuda.synchronize(loss.device)
         spectral = time.perf_counter()
-        try:
-            self._add_spectral_gradient()
-        except ValueError as error:
-            return f"the weights are no longer finite ({error})"
+        if problem := self._track():
+            return problem
+        self._add_spectral_gradient()
         self.spectral += time.perf_counter() - spectral
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -197,9 +198,16 @@ class Run:
         self.training += time.perf_counter() - began
         return None
 
+    def _track(self) -> str | None:
+        """Bring the tracker up to date; return what does not let it: a matrix that is not finite, or lost its rank."""
+        try:
+            self.tracker.update()
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            return str(error).rstrip(".")
+        return None
+
     def _add_spectral_gradient(self) -> None:
-        """Bring the tracker up to date, and subtract (1 - alpha) / n sum u v^T from the gradient of the retain loss."""
-        self.tracker.update()
+        """Subtract (1 - alpha) / n sum u v^T from the gradient of the retain loss."""
         weight = self.config.retain_weight
         if weight < 1:
             gradients = {name: item.gradient() for name, item in self.matrices.items()}
@@ -207,7 +215,6 @@ class Run:
 
     def _evaluate(self) -> Snapshot:
         self.optimizer.zero_grad(set_to_none=True)
-        self.tracker.update()
         snapshot = self._snapshot(measure_utility(self.model, self.held, self.loss, self.utility))
         self.history.append(snapshot)
         self.losses = []
@@ -220,7 +227,8 @@ class Run:
     def _verdict(self, snapshot: Snapshot) -> tuple[Stopped, str] | None:
         """Say whether the run ends here."""
         if not (math.isfinite(snapshot.utility) and math.isfinite(snapshot.retain_loss)):
-            return "diverged", f"the held-out loss became {snapshot.retain_loss} by step {self.step}"  # fmt: skip
+            what, value = ("held-out loss", snapshot.retain_loss) if math.isfinite(snapshot.utility) else ("utility", snapshot.utility)  # fmt: skip
+            return "diverged", f"the {what} became {value} by step {self.step}"
         if self._good(snapshot):
             if self._reached():
                 return "target", f"the target was reached in step {self.step}: sigma_max {snapshot.sigma_max:.4g}, growth {snapshot.growth:.4g}"  # fmt: skip
@@ -277,13 +285,10 @@ class Run:
         )  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:
-        """What a saved state must agree in."""
-        lists = [self.train_batches] if isinstance(self.train_batches, Sequence) else []
-        if not self.digest:
-            self.digest = data_digest([b for batches in (*lists, self.held) for b in batches])
-        # as JSON gives it back: tuples as lists
-        recipe = {n: list(v) if isinstance(v, tuple) else v for n, v in self.config.to_dict().items()}  # fmt: skip
-        return {"recipe": recipe, "data": self.digest, "matrices": list(self.matrices)}
+        if not self.identity:  # reads all data and weights
+            train = self.train_batches if isinstance(self.train_batches, Sequence) else []
+            self.identity = run_identity(self.config, self.original, [*train, *self.held], self.per_epoch, list(self.matrices))  # fmt: skip
+        return self.identity
 
     def _save(self, path: Path) -> None:
         numbers = {
@@ -292,9 +297,3 @@ class Run:
             "losses": self.losses, "history": [snapshot.to_dict() for snapshot in self.history],
         }  # fmt: skip
         save_state(path, self.model, self.optimizer, self.tracker.state_dict(), self.good, numbers)
-
-
-def _tolerance(matrices: Iterable[Tensor]) -> float:
-    """Return the residual singular vectors are tracked to: float64 is asked for by those who compare digits."""
-    exact = all(matrix.dtype == torch.float64 for matrix in matrices)
-    return 1e-10 if exact else 1e-2

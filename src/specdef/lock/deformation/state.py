@@ -6,7 +6,7 @@ import hashlib
 import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from specdef.curvature.losses import Batch
 from specdef.errors import CheckpointError
+from specdef.lock.deformation.config import DeformationConfig
 from specdef.weights.atomic import atomic_file
 from specdef.weights.header import read_header
 from specdef.weights.tensor_bytes import as_bytes
@@ -37,10 +38,15 @@ def copy_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set parameters and buffers, in place."""
+    """Set parameters and buffers, in place; one that took another shape since, as caches do, takes its own again."""
     with torch.no_grad():
         for name, tensor in model_tensors(model).items():
-            tensor.copy_(tensors[name])
+            if name not in tensors:  # registered since
+                continue
+            if tensor.shape == tensors[name].shape:
+                tensor.copy_(tensors[name])
+            else:
+                tensor.data = tensors[name].to(tensor, copy=True)
 
 
 def save_state(
@@ -72,13 +78,19 @@ def save_state(
             if value is not None:
                 tensors[f"{_OPTIMIZER}{index}.{name}"] = torch.as_tensor(value)
     tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available() and next(model.parameters()).is_cuda:
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    with atomic_file(path) as work:
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, work,
-            metadata={"format": _FORMAT, "numbers": json.dumps(dict(numbers))},
-        )  # fmt: skip
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors["random.cuda"] = torch.cuda.get_rng_state(device)
+    try:
+        with atomic_file(path) as work:
+            save_file(
+                {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, work,
+                metadata={"format": _FORMAT, "numbers": json.dumps(dict(numbers))},
+            )  # fmt: skip
+    except SafetensorError as error:  # a full disk, among others
+        raise CheckpointError(
+            f"cannot be written ({error})", path=path, hint="Free space, or name another --checkpoint; an earlier state is still there."
+        ) from error  # fmt: skip
 
 
 def load_state(
@@ -115,6 +127,11 @@ def load_state(
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         parts = {p: {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)} for p in (_MODEL, _GOOD, _OPTIMIZER, _TRACKER)}  # fmt: skip
+        for name, parameter in model_tensors(model).items():
+            for part in (_MODEL, _GOOD):
+                found = parts[part][name].shape
+                if isinstance(parameter, nn.Parameter) and found != parameter.shape:
+                    raise ValueError(f"{name} has shape {list(found)}")
         restore_tensors(model, parts[_MODEL])
         saved = optimizer.state_dict()
         saved["state"] = {}
@@ -123,18 +140,43 @@ def load_state(
             saved["state"].setdefault(int(index), {})[field] = value
         optimizer.load_state_dict(saved)
         torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"])
+        device = next(model.parameters()).device
+        if "random.cuda" in tensors and device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], device)
     except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"is damaged, or of another model ({error})", path=path, hint="Remove it to begin anew.") from error  # fmt: skip
     return parts[_TRACKER], parts[_GOOD], numbers
 
 
-def data_digest(batches: Sequence[Batch]) -> str:
-    """Return the SHA-256 of the tensors of some batches."""
+def run_identity(
+    config: DeformationConfig,
+    original: Mapping[str, Tensor],
+    batches: Iterable[Batch],
+    per_epoch: int,
+    matrices: list[str],
+) -> dict[str, Any]:
+    """Return what a saved state and the run that goes on from it must agree in, as JSON gives it back.
+
+    Args:
+        config: The recipe.
+        original: The model's tensors before the deformation, on the CPU.
+        batches: Training and held-out batches, as far as they are at hand.
+        per_epoch: Batches of an epoch.
+        matrices: Names of what is deformed.
+
+    Returns:
+        Numbers, for `save_state` and `load_state`.
+    """
+    recipe = {n: list(v) if isinstance(v, tuple) else v for n, v in config.to_dict().items()}
+    data, model = data_digest(batches), data_digest([original])
+    return {"recipe": recipe, "data": data, "model": model, "batches": per_epoch, "matrices": matrices}  # fmt: skip
+
+
+def data_digest(batches: Iterable[Batch]) -> str:
+    """Return the SHA-256 of the tensors of some batches; a model's tensors by name are one batch."""
     digest = hashlib.sha256()
     for batch in batches:
-        values = batch.items() if hasattr(batch, "items") else enumerate(batch)
+        values = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
         for name, value in values:
             if isinstance(value, Tensor):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Training:
     """
 
     retain: Iterable[Batch] | None = None
-    heldout: Sequence[Batch] | None = None
+    heldout: Iterable[Batch] | None = None
     loss: Loss | RetainFunction | None = None
     utility: UtilityFunction | None = None
     checkpoint: Path | None = None
@@ -70,6 +71,10 @@ class Training:
                 raise ValueError(
                     "a deformation needs retain: batches of the task the model is to go on doing."
                 )
+            try:
+                json.dumps(dict(self.data or {}), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"data must be JSON values: {error}.") from error
             return
         given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
         if given:
@@ -148,6 +153,22 @@ def deform_stored(
         utility=_utility(result, after, {**(training.data or {}), "sha256": data_digest(heldout)}),
         training=_training(result),
     )  # fmt: skip
+
+
+def require_change(residuals: Mapping[str, Tensor]) -> None:
+    """Refuse a lock that is none.
+
+    Args:
+        residuals: Of the tensors that changed.
+
+    Raises:
+        SpecDefError: There are none: the steps were lost in rounding.
+    """
+    if not residuals:
+        raise SpecDefError(
+            "no stored value changed: the steps were too small for its dtype",
+            hint="Raise the learning rate or the number of steps, or store the original in float32.",
+        )
 
 
 def _stored_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
