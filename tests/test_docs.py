@@ -62,7 +62,16 @@ def test_every_option_is_documented(capsys):
     """The page names every option that the verbs have, and no other."""
     text = (DOCS / "cli.md").read_text(encoding="utf-8")
     found = set()
-    for verb in ("inspect", "lock", "verify", "unlock", "predict", "spectrum", "reproduce"):
+    for verb in (
+        "inspect",
+        "lock",
+        "verify",
+        "unlock",
+        "audit",
+        "predict",
+        "spectrum",
+        "reproduce",
+    ):
         with pytest.raises(SystemExit):
             main([verb, "--help"])
         found |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))

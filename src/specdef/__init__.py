@@ -10,6 +10,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from specdef.attacks.task import Budget as Budget
+    from specdef.attacks.task import Setting as Setting
+    from specdef.attacks.task import Task as Task
+    from specdef.audit.audit import audit as audit
+    from specdef.audit.report import AuditReport as AuditReport
     from specdef.curvature.density import SpectralDensity as SpectralDensity
     from specdef.curvature.density import spectral_density as spectral_density
     from specdef.curvature.eigenvalues import Eigenvalues as Eigenvalues
@@ -51,6 +56,8 @@ if TYPE_CHECKING:
     from specdef.spectral.topk import topk_svd as topk_svd
 
 _HOME = {
+    "specdef.attacks.task": ("Budget", "Setting", "Task"),
+    "specdef.audit.report": ("AuditReport",),
     "specdef.curvature.density": ("SpectralDensity", "spectral_density"),
     "specdef.curvature.eigenvalues": ("Eigenvalues", "top_eigenvalues"),
     "specdef.curvature.linear": ("MatrixOperator",),
@@ -77,11 +84,13 @@ _HOME = {
 }  # fmt: skip
 _LAZY = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = sorted(_LAZY)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_LAZY, "audit"])  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = version("specdef")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "audit":  # the package itself, which can be called
+        return importlib.import_module("specdef.audit")
     if name not in _LAZY:
         raise AttributeError(f"module 'specdef' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 
-VERBS = ("inspect", "lock", "verify", "unlock", "predict", "spectrum", "reproduce")
+VERBS = ("inspect", "lock", "verify", "unlock", "audit", "predict", "spectrum", "reproduce")
 
 
 def test_help_loads_no_heavy_package():

@@ -1,0 +1,58 @@
+"""A plain training loop, for models that are made before an attack is measured: students, unlearned models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from specdef.curvature.losses import Batch
+from specdef.errors import SpecDefError
+from specdef.lock.deformation.data import batches_from
+
+
+def fit(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int = 0,
+) -> float:
+    """Train every parameter with AdamW, at a rate that falls linearly to 0.
+
+    Args:
+        model: Trained in place; in evaluation mode afterwards.
+        batches: One per step, in another order in every epoch.
+        loss: Model and batch, as they are, to a scalar.
+        steps: Number of steps.
+        learning_rate: Of the first step.
+        seed: Of the order.
+
+    Returns:
+        The loss of the last batch before its step; nan for no step.
+
+    Raises:
+        SpecDefError: A loss is not finite.
+    """
+    parameters = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    value = torch.tensor(torch.nan)
+    model.train()
+    for step, (_, batch) in enumerate(batches_from(batches, seed, 0, steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(model, batch)
+        if not bool(value.isfinite()):
+            raise SpecDefError(
+                f"the loss of step {step + 1} is {float(value.detach())} at learning rate {learning_rate:g}",
+                hint="Use a smaller learning rate.",
+            )
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    return float(value.detach())

@@ -1,0 +1,1 @@
+"""What attackers are after: each goal is a task and the numbers that tell whether it was reached; any attack may pursue it."""

@@ -1,0 +1,1 @@
+"""Attacks that train a part of the model: adapters, freeze patterns, a fresh head."""

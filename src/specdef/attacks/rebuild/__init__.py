@@ -1,0 +1,1 @@
+"""Attacks that take a model's outputs only, and the from-scratch reference beside them."""

@@ -1,0 +1,57 @@
+"""Base difference: where the original is public, the lock is what differs from it, and is left out."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from specdef.attacks.attack import Attack, Prepared
+from specdef.attacks.structural.edits import everything
+from specdef.attacks.task import Task
+from specdef.errors import SpecDefError
+from specdef.lock.in_memory import unique_tensors
+
+
+class BaseDiff(Attack):
+    """Start from the original: full recovery, and the reason why a lock protects nothing that is public unlocked."""
+
+    name = "base-diff"
+    tier = 5
+    source = "no paper: the download of the original"
+    summary = "start from the public original instead of the locked model"
+    needs_original = True
+    """Whoever has no original cannot run it."""
+
+    def prepare(
+        self, model: nn.Module, task: Task, *, original: nn.Module | None, generator: torch.Generator
+    ) -> Prepared:  # fmt: skip
+        """Take the original, in the precision and on the device of the locked model.
+
+        Args:
+            model: The locked model.
+            task: Not used.
+            original: Where to start from.
+            generator: Not used.
+
+        Returns:
+            A copy of the original, all of it to be trained.
+
+        Raises:
+            SpecDefError: There is no original.
+        """
+        if original is None:
+            raise SpecDefError(
+                "base-diff needs the original model",
+                hint="Give it, or leave the attack out: it asks what a public original is worth.",
+            )
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        start = copy.deepcopy(original).eval().to(device=like.device, dtype=like.dtype)
+        public, own = unique_tensors(start), unique_tensors(model)
+        same = sum(
+            name in own and own[name].shape == tensor.shape and bool(torch.equal(own[name], tensor))
+            for name, tensor in public.items()
+        )
+        note = f"{len(public) - same} of {len(public)} tensors of the original differ in the locked model"
+        return Prepared(model=start, groups=everything(start), notes=(note,))

@@ -1,0 +1,184 @@
+"""The net, the task and the locks of the toy table: an MLP that reads digits, locked along the symmetries of its own ReLUs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from specdef.attacks.structural.sites import rescale, symmetric_sites
+from specdef.attacks.task import Task
+from specdef.lock.config import LockConfig
+from specdef.lock.in_memory import unique_tensors
+from specdef.lock.schedule import exponents
+from specdef.spectral.topk import topk_svd
+from specdef.symmetries import Site
+
+HELD_OUT = 397
+"""Of the 1797 digits of scikit-learn, of either task."""
+
+TRAINED_STEPS, TRAINED_RATE = 150, 3e-3
+"""Full-batch Adam steps in which the net learns to read digits before it is locked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Net:
+    """Sizes of the net and its data.
+
+    Args:
+        hidden: Width of the hidden layers, all the same.
+        depth: Their number: each is a site of the lock.
+        batch_size: Rows of a batch of the attack.
+        epochs: Of the attack.
+        rows: Rows it trains on.
+    """
+
+    hidden: int = 64
+    depth: int = 3
+    batch_size: int = 64
+    epochs: int = 5
+    rows: int = 1400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyLock:
+    """A lock of the net.
+
+    Args:
+        low: Lowest exponent of two.
+        high: Highest.
+        channel: Which channel of every hidden layer is scaled; every: all of them alike.
+        compensated: Instead scale the largest singular values by `scale`, and insert a layer that takes it back.
+        k: How many singular values.
+        scale: By how much.
+    """
+
+    low: int = 0
+    high: int = 0
+    channel: Literal["most active", "least active", "every"] = "least active"
+    compensated: bool = False
+    k: int = 4
+    scale: float = 1e4
+
+
+LOCKS: dict[str, ToyLock] = {
+    "uniform 2^10, most active": ToyLock(low=10, high=10, channel="most active"),
+    "staggered 2^4..2^20, least active": ToyLock(low=4, high=20),
+    "staggered 2^8..2^40, least active": ToyLock(low=8, high=40),
+    "every channel 2^10": ToyLock(low=10, high=10, channel="every"),
+    "compensated 1e4, k 4": ToyLock(compensated=True),
+}
+"""The columns of the table after the unlocked one."""
+
+
+def problem(net: Net, seed: int) -> tuple[nn.Sequential, Task]:
+    """Train the net on digits, and make the task of reading them with permuted pixels.
+
+    Args:
+        net: Sizes.
+        seed: Of the weights, the rows held out, and the permutation.
+
+    Returns:
+        The net in evaluation mode and the task; its retain data are digits as they are.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.data), generator=generator)
+    x = torch.tensor(data.data, dtype=torch.float32)[order] / 16
+    y = torch.tensor(data.target)[order]
+    permuted = x[:, torch.randperm(64, generator=generator)]
+    train, test = slice(0, net.rows), slice(len(x) - HELD_OUT, None)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(*_layers(net))
+        optimizer = torch.optim.Adam(model.parameters(), lr=TRAINED_RATE)
+        for _ in range(TRAINED_STEPS):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[train]), y[train]).backward()
+            optimizer.step()
+    batches = zip(permuted[train].split(net.batch_size), y[train].split(net.batch_size), strict=True)  # fmt: skip
+    task = Task(
+        name="permuted digits", train=[list(batch) for batch in batches], heldout=[[permuted[test], y[test]]],
+        retain=[[x[test], y[test]]],
+    )  # fmt: skip
+    return model.eval(), task
+
+
+def locked(model: nn.Sequential, task: Task, lock: ToyLock) -> nn.Sequential:
+    """Lock a copy of a net.
+
+    Args:
+        model: The net; not changed.
+        task: Its retain data show how active channels are.
+        lock: The lock.
+
+    Returns:
+        The copy: the same function, to the bit where scales are powers of two.
+    """
+    if lock.compensated:
+        return nn.Sequential(*_compensated(model, lock)).eval()
+    copied = copy.deepcopy(model)
+    tensors = unique_tensors(copied)
+    active = _activity(copied, symmetric_sites(copied), task.retain[0][0])  # type: ignore[index]
+    sign = -1 if lock.channel == "most active" else 1
+    # As everywhere, the first site gets the highest exponent; a channel that never was active would be no lock.
+    chosen = {
+        site: int(torch.where(rms > 0, sign * rms, torch.inf).argmin()) for site, rms in active.items()
+    }  # fmt: skip
+    ordered = sorted(active, key=lambda site: sign * float(active[site][chosen[site]]))
+    config = LockConfig(scale=2.0**lock.high, min_scale=2.0**lock.low, schedule="staggered")
+    for site, exponent in zip(ordered, exponents(len(ordered), config), strict=True):
+        factors = torch.ones(site.size, dtype=torch.float64)
+        factors[slice(None) if lock.channel == "every" else chosen[site]] = 2.0**exponent
+        rescale(tensors, site, factors)
+    return copied
+
+
+def output_difference(first: nn.Module, second: nn.Module, task: Task) -> float:
+    """Return the largest difference of two nets' outputs on the retain data, over the largest output of the first."""
+    inputs: Any = task.retain[0][0]  # type: ignore[index]
+    with torch.no_grad():
+        a, b = first(inputs), second(inputs)
+    return float((a - b).abs().max() / a.abs().max())
+
+
+def _layers(net: Net) -> Iterator[nn.Module]:
+    width = 64
+    for _ in range(net.depth):
+        yield from (nn.Linear(width, net.hidden), nn.ReLU())
+        width = net.hidden
+    yield nn.Linear(width, 10)
+
+
+def _activity(model: nn.Sequential, sites: Sequence[Site], x: Tensor) -> Mapping[Site, Tensor]:
+    """Return the root mean square of every channel of every site where it is read."""
+    read = {}
+    with torch.no_grad():
+        for name, module in model.named_children():
+            read[f"{name}.weight"] = x.square().mean(0).sqrt()
+            x = module(x)
+    return {site: read[site.consumers[0].tensor] for site in sites}
+
+
+def _compensated(model: nn.Sequential, lock: ToyLock) -> Iterator[nn.Module]:
+    """Yield the net's layers, each hidden one as W~ and C: two plain layers, so that every optimiser sees both."""
+    *hidden, last = copy.deepcopy(list(model))
+    for layer in hidden:
+        if not isinstance(layer, nn.Linear):
+            yield layer
+            continue
+        U, S, Vh, _ = topk_svd(layer.weight.detach(), lock.k)
+        inserted = nn.Linear(layer.out_features, layer.out_features)
+        raised = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        with torch.no_grad():
+            raised.weight.copy_(layer.weight + (lock.scale - 1) * (U * S) @ Vh)
+            inserted.weight.copy_(torch.eye(len(U)) - (1 - 1 / lock.scale) * U @ U.T)
+            inserted.bias.copy_(layer.bias)
+        yield from (raised, inserted)
+    yield last
