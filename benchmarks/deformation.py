@@ -118,10 +118,13 @@ def load_smollm2() -> nn.Module:
 
 
 def text_batches(model: nn.Module, count: int, small: bool) -> list[Batch]:
-    """Return batches of 8 x 128 tokens of running text; small: 1 x 32."""
-    rows, length = (1, 32) if small else (8, 128)
+    """Return batches of 8 x 128 tokens of running text, the same again where it is too short; small: 1 x 32."""
+    rows, length, most = (1, 32, 300) if small else (8, 128, 9)
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2())
-    return load_batches("sotu", model.config, tokenizer, task="causal-lm", batch_size=rows, length=length, num_batches=count)  # fmt: skip
+    drawn = load_batches(
+        "sotu", model.config, tokenizer, task="causal-lm", batch_size=rows, length=length, num_batches=min(count, most)
+    )  # fmt: skip
+    return [drawn[i % len(drawn)] for i in range(count)]
 
 
 def token_batch(ids: Tensor) -> Batch:

@@ -97,11 +97,7 @@ class LockConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LockConfig:
         """Read back what `to_dict` wrote; unknown fields of newer versions are ignored."""
-        known = {field.name for field in fields(cls)} & set(values)
-        read: dict[str, Any] = {}
-        for name in known:  # JSON knows no tuples
-            read[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-        return cls(**read)
+        return cls(**known_fields(cls, values))
 
 
 def selection(name: str, value: Any) -> Any:
@@ -118,3 +114,9 @@ def selection(name: str, value: Any) -> Any:
     if value is None or isinstance(value, tuple) or (name == "target_modules" and expression):
         return value
     return (value,) if isinstance(value, str | int) else tuple(value)
+
+
+def known_fields(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a JSON object are fields of a dataclass, lists as the tuples they were."""
+    names = {field.name for field in fields(kind)} & set(values)
+    return {n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in names}

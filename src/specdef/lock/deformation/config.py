@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from specdef.lock.config import selection
+from specdef.lock.config import known_fields, selection
 
 Optimizer = Literal["adadelta", "adam", "adamw", "rmsprop", "sgd"]
 LearningRateSchedule = Literal["step", "linear", "cosine", "constant"]
@@ -140,8 +140,4 @@ class DeformationConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DeformationConfig:
         """Read back what `to_dict` wrote; unknown fields of newer versions are ignored."""
-        known = {field.name for field in fields(cls)} & set(values)
-        read: dict[str, Any] = {}
-        for name in known:  # JSON knows no tuples
-            read[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-        return cls(**read)
+        return cls(**known_fields(cls, values))
