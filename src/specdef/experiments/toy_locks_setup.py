@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from specdef.attacks.structural.sites import rescale, symmetric_sites
 from specdef.attacks.task import Task
+from specdef.errors import SpecDefError
 from specdef.lock.config import LockConfig
 from specdef.lock.in_memory import unique_tensors
 from specdef.lock.schedule import exponents
@@ -84,9 +85,17 @@ def problem(net: Net, seed: int) -> tuple[nn.Sequential, Task]:
 
     Returns:
         The net in evaluation mode and the task; its retain data are digits as they are.
-    """
-    from sklearn.datasets import load_digits
 
+    Raises:
+        SpecDefError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise SpecDefError(
+            "The digits come with scikit-learn, which is not installed.",
+            hint="Run `pip install scikit-learn`.",
+        ) from None
     data = load_digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.data), generator=generator)
@@ -100,9 +109,9 @@ def problem(net: Net, seed: int) -> tuple[nn.Sequential, Task]:
         optimizer = torch.optim.Adam(model.parameters(), lr=TRAINED_RATE)
         for _ in range(TRAINED_STEPS):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[train]), y[train]).backward()
+            torch.autograd.backward(nn.functional.cross_entropy(model(x[train]), y[train]))
             optimizer.step()
-    batches = zip(permuted[train].split(net.batch_size), y[train].split(net.batch_size), strict=True)  # fmt: skip
+    batches = zip(torch.split(permuted[train], net.batch_size), torch.split(y[train], net.batch_size), strict=True)  # fmt: skip
     task = Task(
         name="permuted digits", train=[list(batch) for batch in batches], heldout=[[permuted[test], y[test]]],
         retain=[[x[test], y[test]]],
