@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections import Counter
 
 import pytest
@@ -166,7 +164,7 @@ def test_toy_small_interrupted_and_taken_up(tmp_path, cache, monkeypatch):
 
     def say(line):
         if "staggered" in line:
-            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         toy_locks.run(tmp_path / "a", size="smoke", seeds=(1,), progress=say)
