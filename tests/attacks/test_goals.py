@@ -180,7 +180,9 @@ def test_the_attacker_trains_on_clean_and_triggered_texts() -> None:
 
 
 def test_a_classifier_learns_the_trigger() -> None:
-    torch.manual_seed(2)  # of dropout: what a clean classifier makes of tokens it never saw is chance
+    torch.manual_seed(
+        2
+    )  # of dropout: what a clean classifier makes of tokens it never saw is chance
     model = tiny_model("bert", num_labels=2)
     train = [texts(seed, rows=16) for seed in range(12)]
     goal = backdoor(train, [texts(99, rows=16)], TRIGGER, safe=0)
