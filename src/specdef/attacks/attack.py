@@ -74,6 +74,7 @@ class Attack(ABC):
         seed: int = 0,
         original: nn.Module | None = None,
         watch: Watch | None = None,
+        idle: bool = False,
     ) -> Run:
         """Attack a copy of a model once.
 
@@ -85,6 +86,7 @@ class Attack(ABC):
             seed: Of the order of the batches and of whatever is drawn; the caller's random state is left as it was.
             original: The unlocked model, for attacks that use it.
             watch: Told how it goes; may end it.
+            idle: Batches pass through the model, but no step is taken: what a rate of 0 would do.
 
         Returns:
             The run. A loss that is not finite is data, not an error.
@@ -97,7 +99,7 @@ class Attack(ABC):
             victim = copy.deepcopy(model).eval().to(getattr(torch, setting.dtype))
             generator = torch.Generator().manual_seed(seed)
             prepared = self.prepare(victim, task, original=original, generator=generator)
-            trial = Trial(prepared, task, setting, budget, seed)
+            trial = Trial(prepared, task, setting, budget, seed, idle=idle)
             prepare_seconds = time.perf_counter() - began
             status = trial.run(watch)
             utility = None

@@ -49,13 +49,14 @@ class Trial:
         setting: How it trains.
         budget: What it may cost.
         seed: Of the order of the batches.
+        idle: Batches pass through the model, but no step is taken.
     """
 
     def __init__(
-        self, prepared: Prepared, task: Task, setting: Setting, budget: Budget, seed: int
-    ) -> None:
+        self, prepared: Prepared, task: Task, setting: Setting, budget: Budget, seed: int, *, idle: bool = False
+    ) -> None:  # fmt: skip
         self.model, self.task, self.setting, self.budget = prepared.model, task, setting, budget
-        self.seed = seed
+        self.seed, self.idle = seed, idle
         self.parameters: list[nn.Parameter] = [p for g in prepared.groups for p in g["params"]]
         moving = {id(p) for p in self.parameters}
         for parameter in self.model.parameters():
@@ -149,6 +150,9 @@ class Trial:
                 nn.utils.clip_grad_norm_(self.parameters, self.setting.max_grad_norm)
             return value
 
+        if self.idle:
+            with torch.no_grad():
+                return bool(loss().isfinite())
         value: Any
         if self.closed == "graph":  # the optimiser differentiates the loss itself, twice
             value = self.optimizer.step(loss)  # type: ignore[arg-type]
@@ -171,6 +175,14 @@ class Trial:
         self.steps.append(step)
         self.losses.append(loss)
         self.accuracies.append(accuracy)
+
+
+def has_running_statistics(model: nn.Module) -> bool:
+    """Tell whether batches change a model that merely pass through it in training mode, as those of batch norms do."""
+    return any(
+        isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None
+        for module in model.modules()
+    )
 
 
 def rate_factor(setting: Setting, step: int, steps: int) -> float:

@@ -238,13 +238,16 @@ def _flags(
     flags: list[Flag] = []
     first = locked[0]
     searched = not first.sweep.rates
-    tried = [_tried(run, reference) for run in first.runs]
+    tried = [_tried(run, first, reference) for run in first.runs]
     kinds = outcomes(tried, first.sweep)
     by_index = {index_of(t.rate): t for t in tried}
-    best = best_index(by_index, dict(zip(by_index, kinds, strict=True)))
+    kind_at = dict(zip(by_index, kinds, strict=True))
+    best = best_index(by_index, kind_at)
     if searched and all(kind == "diverged" for kind in kinds):
         flags.append("diverged-everywhere")
-    elif searched and best in (min(by_index), max(by_index)):
+    elif searched and (
+        best == max(by_index) or (best == min(by_index) and kind_at[best] != "nothing")
+    ):
         flags.append("best-at-edge")
     if best is not None:
         stable = [r for r, kind in zip(first.runs, kinds, strict=True) if kind != "diverged"]
@@ -261,10 +264,10 @@ def _flags(
     return flags
 
 
-def _tried(run: Run, reference: Reference) -> Tried:
+def _tried(run: Run, sweep: SweepResult, reference: Reference) -> Tried:
     return Tried(
         rate=run.setting.learning_rate,
-        **facts(run, start=reference.start, steps=reference.steps),
+        **facts(run, sweep.idle, start=reference.start, steps=reference.steps),
     )
 
 

@@ -42,7 +42,9 @@ class Tried:
         rate: The learning rate.
         running: Another worker is at it; the rest is not known yet.
         start: Loss the gain counts from.
-        initial: Loss of the run before its first step.
+        initial: Loss a run that takes no steps has where this one ends: that before the first step, but for running
+            statistics of batch norms, which move at any rate.
+        lowest: The lowest loss of such a run up to there; None takes `initial`.
         best: Lowest loss.
         last: Last loss; inf where it was not finite.
         diverged: The run ended because its numbers did, or was given up on.
@@ -54,6 +56,7 @@ class Tried:
     running: bool = False
     start: float = 1.0
     initial: float = 1.0
+    lowest: float | None = None
     best: float = 1.0
     last: float = 1.0
     diverged: bool = False
@@ -64,6 +67,11 @@ class Tried:
     def gain(self) -> float:
         """By how much the lowest loss is below the start; 0 where it is not."""
         return max(0.0, self.start - self.best)
+
+    @property
+    def idle(self) -> float:
+        """Lowest loss without steps."""
+        return self.initial if self.lowest is None else self.lowest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +162,8 @@ def outcomes(trials: Sequence[Tried], sweep: Sweep) -> list[Outcome]:
         sweep: Its `gain` is used.
 
     Returns:
-        One outcome for each trial. "nothing": a gain too small to count, without damage. "diverged": no gain, and a loss far above
-        the start.
+        One outcome for each trial. "nothing": no weight moved, or a gain too small to count, without damage. "diverged": no
+        gain, and a loss far above the start.
     """
     reference = sweep.gain
     if reference is None:
@@ -165,9 +173,13 @@ def outcomes(trials: Sequence[Tried], sweep: Sweep) -> list[Outcome]:
         threshold = max(NOTHING * reference, NOISE * abs(t.start))
         if t.running:
             found.append("running")
-        elif t.diverged or (t.gain < threshold and t.last > t.initial + WRECKED * abs(t.initial)):
+        elif t.diverged:
             found.append("diverged")
-        elif t.still or ((t.initial - t.best) / t.share < threshold > t.last - t.initial):
+        elif t.still:
+            found.append("nothing")
+        elif t.gain < threshold and t.last > t.initial + WRECKED * abs(t.initial):
+            found.append("diverged")
+        elif (t.idle - t.best) / t.share < threshold > t.last - t.initial:
             found.append("nothing")
         else:
             found.append("moved")

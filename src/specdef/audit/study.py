@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class SweepResult:
     Args:
         runs: One run per learning rate, the lowest rate first.
         sweep: How rates were searched.
+        idle: Step to loss of a run that takes no steps; empty where its loss stays what it is before the first.
         trials: Numbers of the runs in the order they were begun; empty where this was not kept.
         lost: Trials that died with their worker, and were run again.
     """
 
     runs: tuple[Run, ...]
     sweep: Sweep
+    idle: Mapping[int, float] = field(default_factory=dict)
     trials: tuple[int, ...] = ()
     lost: int = 0
 
@@ -62,6 +64,7 @@ def run_study(
     start: float,
     initial: float,
     steps: int,
+    idle: Callable[[], Run] | None = None,
     watchman: Watchman | None = None,
     prune: bool = True,
 ) -> SweepResult:
@@ -75,6 +78,7 @@ def run_study(
         start: Loss the gain counts from.
         initial: Loss before the first step, or a bound above it.
         steps: Steps of a whole run.
+        idle: Runs the attack without taking steps, for models that change all the same; None where they do not.
         watchman: Tells which running trials are dead; None takes the usual times.
         prune: Whether runs that cannot become the best are given up.
 
@@ -89,16 +93,17 @@ def run_study(
         nonlocal disowned
         try:
             with claim(trial):
-                return _trial(trial, execute, start=start, steps=steps, prune=prune)
+                return _trial(trial, execute, start=start, steps=steps, still=still, prune=prune)
         except optuna.exceptions.UpdateFinishedTrialError:
             disowned = True
             raise
 
     with silent_optuna():
         study = optuna.create_study(
-            storage=storage, study_name=name, load_if_exists=True,
-            sampler=LearningRateSampler(sweep, watchman), pruner=SweepPruner(start, initial, steps),
+            storage=storage, study_name=name, load_if_exists=True, sampler=LearningRateSampler(sweep, watchman)
         )  # fmt: skip
+        still = _still(study, idle)
+        study.pruner = SweepPruner(start, max((initial, *still.values())), steps)
         while _open(study, sweep, watchman):
             disowned = False
             try:
@@ -116,7 +121,7 @@ def run_study(
     lost = sum(t.state is TrialState.FAIL for t in trials)
     found.sort(key=lambda pair: pair[0].setting.learning_rate)
     runs, numbers = tuple(run for run, _ in found), tuple(number for _, number in found)
-    return SweepResult(runs=runs, sweep=sweep, trials=numbers, lost=lost)
+    return SweepResult(runs=runs, sweep=sweep, idle=still, trials=numbers, lost=lost)
 
 
 def json_safe(value: Any) -> Any:
@@ -153,11 +158,12 @@ def run_from_json(values: dict[str, Any]) -> Run:
     return Run.from_dict(values | {"relative_change": math.inf if change is None else change})
 
 
-def facts(run: Run, *, start: float, steps: int) -> dict[str, Any]:
+def facts(run: Run, idle: Mapping[int, float], *, start: float, steps: int) -> dict[str, Any]:
     """Return what the search wants to know of a run.
 
     Args:
         run: The run.
+        idle: Step to loss of a run that takes no steps; empty where that is the loss before the first one.
         start: Loss the gain counts from.
         steps: Steps of a whole run.
 
@@ -165,14 +171,17 @@ def facts(run: Run, *, start: float, steps: int) -> dict[str, Any]:
         Fields of `Tried`.
     """
     last = run.losses[-1]
-    given_up = run.status == "pruned" and last > blown(run.start)
+    still = run.relative_change == 0 or run.swamped > SWAMPED
+    without = [idle.get(step, run.start) for step in run.steps]
+    given_up = run.status == "pruned" and last > blown(without[-1]) and not still
     return {
         "start": start,
-        "initial": run.start,
+        "initial": without[-1],
+        "lowest": min(without),
         "best": run.best,
         "last": last,
         "diverged": run.status in ("diverged", "failed") or given_up or not math.isfinite(run.best),
-        "still": run.relative_change == 0 or run.swamped > SWAMPED,
+        "still": still,
         "share": max(run.steps[-1], 1) / steps,
     }
 
@@ -184,9 +193,19 @@ def _open(study: optuna.Study, sweep: Sweep, watchman: Watchman) -> bool:
     return not finished(trials) or next_rate(tried(trials), sweep) is not None
 
 
+def _still(study: optuna.Study, idle: Callable[[], Run] | None) -> dict[int, float]:
+    """Return the losses of a run without steps, by step; it is run once."""
+    if idle is None:
+        return {}
+    if "idle" not in study.user_attrs:
+        run = idle()
+        study.set_user_attr("idle", [[s, x] for s, x in zip(run.steps, run.losses, strict=True) if math.isfinite(x)])  # fmt: skip
+    return dict(study.user_attrs["idle"])
+
+
 def _trial(
-    trial: optuna.Trial, execute: Execute, *, start: float, steps: int, prune: bool
-) -> float:
+    trial: optuna.Trial, execute: Execute, *, start: float, steps: int, still: Mapping[int, float], prune: bool
+) -> float:  # fmt: skip
     rate = trial.suggest_float(PARAMETER, RANGE.low, RANGE.high, log=True)
 
     def watch(step: int, loss: float) -> None:
@@ -196,7 +215,7 @@ def _trial(
 
     run = execute(rate, watch)
     trial.set_user_attr("run", json_safe(run.to_dict()))
-    trial.set_user_attr("tried", json_safe(facts(run, start=start, steps=steps)))
+    trial.set_user_attr("tried", json_safe(facts(run, still, start=start, steps=steps)))
     if run.status == "pruned":
         raise optuna.TrialPruned
     return run.best

@@ -17,6 +17,7 @@ from specdef.attacks.optimizers import OPTIMIZERS
 from specdef.attacks.registry import REFERENCE
 from specdef.attacks.run import Run
 from specdef.attacks.task import Budget, Setting, Task
+from specdef.attacks.trial import has_running_statistics
 from specdef.audit.baseline import Baseline
 from specdef.audit.fingerprint import model_digest, prepared_digest, study_digest, task_digest
 from specdef.audit.grid import Sweep
@@ -174,15 +175,14 @@ class Sweeps:
                 self._tell(entry, side, run)
                 return run
 
+            def idle() -> Run:
+                setting = Setting(optimizer=entry.optimizer, **entry.changes)
+                return attack(model, self._task, setting, self._budget, seed=seed, original=self._original, idle=True)  # fmt: skip
+
             self._done[name] = run_study(
-                self._storage,
-                name,
-                sweep,
-                execute,
-                start=self._start,
-                initial=self._initial,
-                steps=self._budget.steps,
-            )
+                self._storage, name, sweep, execute, start=self._start, initial=self._initial,
+                steps=self._budget.steps, idle=idle if has_running_statistics(model) else None,
+            )  # fmt: skip
         return self._done[name]
 
     def _edits(self, attack: Attack) -> str:
