@@ -31,7 +31,7 @@ def problem(shift: float) -> tuple[nn.Module, Task]:
     return model.eval(), Task(name="toy", train=new[:8], heldout=new[8:])
 
 
-@pytest.mark.parametrize("shift", [0.0, 2.0, 4.0])
+@pytest.mark.parametrize("shift", [0.0, 2.0])
 def test_a_sweep_ends_where_only_running_statistics_move(shift: float) -> None:
     model, task = problem(shift)
     report = specdef.audit(
