@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import specdef
 from specdef.curvature.losses import ClassificationLoss, LMLoss
 from specdef.curvature.operators import HessianOperator
+from specdef.data.digits import digits
 from specdef.data.texts import load_text, token_batches
-from specdef.errors import SpecDefError
 from specdef.lock.config import LockConfig
 from specdef.models.smollm2 import smollm2
 from specdef.models.tiny import tiny_model
@@ -78,7 +78,7 @@ def cases(families: tuple[str, ...], *, locks: int = 5, seed: int = 0) -> Iterat
 
 
 def _plain(family: str, locks: int, seed: int) -> Iterator[Case]:
-    images, labels = digits(256, seed)
+    images, labels = drawn_digits(256, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = _mlp() if family == "mlp" else _cnn()
@@ -93,7 +93,7 @@ def _plain(family: str, locks: int, seed: int) -> Iterator[Case]:
 
 
 def _resnet(locks: int, seed: int) -> Iterator[Case]:
-    images, labels = digits(48, seed)
+    images, labels = drawn_digits(48, seed)
     pixels = nn.functional.interpolate(images, scale_factor=4).expand(-1, 3, -1, -1).contiguous()
     net = tiny_model("resnet", seed=seed, num_labels=10).double()
 
@@ -170,7 +170,7 @@ def rescaled(net: nn.Sequential, x: Tensor, scale: float) -> nn.Sequential:
     return net
 
 
-def digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def drawn_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return scikit-learn's 8 x 8 digits.
 
     Args:
@@ -183,17 +183,10 @@ def digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     Raises:
         SpecDefError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise SpecDefError(
-            "The digits come with scikit-learn, which is not installed.",
-            hint="Run `pip install scikit-learn`.",
-        ) from None
-    data = load_digits()
-    drawn = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))[:count]
-    images = torch.tensor(data.data, dtype=torch.float64)[drawn].view(-1, 1, 8, 8)
-    return (images - images.mean()) / images.std(), torch.tensor(data.target)[drawn].long()
+    pixels, labels = digits()
+    drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+    images = torch.tensor(pixels, dtype=torch.float64)[drawn][:, None]
+    return (images - images.mean()) / images.std(), torch.tensor(labels)[drawn].long()
 
 
 def _mlp() -> nn.Sequential:

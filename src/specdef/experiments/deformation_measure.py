@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from specdef.data.batches import load_batches
 from specdef.data.cache import cache_dir
-from specdef.errors import SpecDefError
+from specdef.data.digits import digits
 from specdef.experiments.record import Progress
 from specdef.lock.certificate import LockCertificate
 from specdef.lock.deformation.config import DeformationConfig
@@ -214,15 +214,8 @@ def places(settings: Settings) -> Iterator[tuple[Path | str, Path]]:
 
 def _write_digits(folder: Path, test_rows: int) -> None:
     """Write scikit-learn's digits as IDX files, the last rows as the split test."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise SpecDefError(
-            "The digits come with scikit-learn, which is not installed.",
-            hint="Run `pip install scikit-learn`.",
-        ) from None
-    digits = load_digits()
-    arrays = {"images-idx3": digits.images * 15, "labels-idx1": digits.target}  # images in 0..16
+    images, labels = digits()
+    arrays = {"images-idx3": images * 15, "labels-idx1": labels}  # images in 0..16
     for kind, array in arrays.items():
         for split, part in (("train", array[:-test_rows]), ("t10k", array[-test_rows:])):
             header = np.array([0x800 + part.ndim, *part.shape], ">u4").tobytes()

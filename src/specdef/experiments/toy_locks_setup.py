@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from specdef.attacks.structural.sites import rescale, symmetric_sites
 from specdef.attacks.task import Task
-from specdef.errors import SpecDefError
+from specdef.data.digits import digits
 from specdef.lock.config import LockConfig
 from specdef.lock.in_memory import unique_tensors
 from specdef.lock.schedule import exponents
@@ -89,18 +89,11 @@ def problem(net: Net, seed: int) -> tuple[nn.Sequential, Task]:
     Raises:
         SpecDefError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise SpecDefError(
-            "The digits come with scikit-learn, which is not installed.",
-            hint="Run `pip install scikit-learn`.",
-        ) from None
-    data = load_digits()
+    images, labels = digits()
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data.data), generator=generator)
-    x = torch.tensor(data.data, dtype=torch.float32)[order] / 16
-    y = torch.tensor(data.target)[order]
+    order = torch.randperm(len(labels), generator=generator)
+    x = torch.tensor(images, dtype=torch.float32)[order].flatten(1) / 16
+    y = torch.tensor(labels)[order]
     permuted = x[:, torch.randperm(64, generator=generator)]
     train, test = slice(0, net.rows), slice(len(x) - HELD_OUT, None)
     with torch.random.fork_rng([]):
