@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from specdef.experiments.deformation_measure import GROWTH, Settings, lock_seed, places, trained
 from specdef.experiments.deformation_plot import draw
-from specdef.experiments.record import Progress, claim, plain, versions, write_record
+from specdef.experiments.record import Progress, claim, make_record, plain, versions, write_record
 from specdef.weights.atomic import atomic_file
 
 TRAINED, KEPT = 0.985, 0.98
@@ -71,18 +71,10 @@ def run(
                 path.write_text(json.dumps(plain({**known, "seeds": done})), encoding="utf-8")
     rows = [done[str(seed)] for seed in seeds]
     claims = _claims(rows)
-    record: dict[str, Any] = plain(
-        {
-            "command": f"specdef.experiments.deformation.run(out, seeds={tuple(seeds)}, size={size!r})",
-            "size": size,
-            **known,
-            "seeds": list(seeds),
-            "seconds": round(sum(row["seconds"] for row in rows), 2),
-            "claims": claims,
-            "summary": [f"{'held' if c['held'] else 'NOT held'}: {c['claim']}" for c in claims],
-            "data": {"rows": rows},
-        }
-    )
+    record = make_record(
+        "deformation", {"seeds": seeds, "size": size}, settings=known["settings"], claims=claims,
+        seconds=sum(row["seconds"] for row in rows), data={"rows": rows},
+    )  # fmt: skip
     write_record(out, "deformation", record, draw(rows, KEPT, GROWTH))
     partial.unlink()
     return record

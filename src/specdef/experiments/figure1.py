@@ -24,7 +24,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from specdef.experiments.record import Progress, claim, exponent, plain, versions, write_record
+from specdef.experiments.record import (
+    Progress,
+    claim,
+    exponent,
+    make_record,
+    write_record,
+)
 
 Array = NDArray[np.float64]
 
@@ -75,17 +81,10 @@ def run(
             progress(f"figure 1: condition number {kappa:g}")
     limit = at_the_limit(seeds[0])
     claims = _claims(rows, limit)
-    record: dict[str, Any] = plain(
-        {
-            "command": f"specdef.experiments.figure1.run(out, seeds={tuple(seeds)}, size={size!r})",
-            "versions": versions(),
-            "seeds": list(seeds),
-            "seconds": round(time.perf_counter() - began, 2),
-            "claims": claims,
-            "summary": [f"{'held' if c['held'] else 'NOT held'}: {c['claim']}" for c in claims],
-            "data": {"tolerance": TOLERANCE, "rows": rows, "at_the_limit": limit},
-        }
-    )
+    record = make_record(
+        "figure1", {"seeds": seeds, "size": size}, seconds=time.perf_counter() - began, claims=claims,
+        data={"tolerance": TOLERANCE, "rows": rows, "at_the_limit": limit},
+    )  # fmt: skip
     write_record(out, "figure1", record, _plot(rows))
     return record
 

@@ -29,7 +29,13 @@ from specdef.experiments.figure2_measure import (
     step_rows,
 )
 from specdef.experiments.figure2_plot import plot
-from specdef.experiments.record import Progress, claim, exponent, plain, versions, write_record
+from specdef.experiments.record import (
+    Progress,
+    claim,
+    exponent,
+    make_record,
+    write_record,
+)
 from specdef.experiments.tiny_nets import ARCHITECTURES
 
 SIZES = {
@@ -85,17 +91,10 @@ def run(
     data["compensated"] = [r for s in seeds for r in compensated_rows(s, COMPENSATED_SCALES)]
     data["remark"] = [r for s in seeds for r in remark_rows(s, amount.bound_scales)]
     claims = [*step_claims(data["steps"], amount), *bound_claims(data)]
-    record: dict[str, Any] = plain(
-        {
-            "command": f"specdef.experiments.figure2.run(out, seeds={tuple(seeds)}, size={size!r})",
-            "versions": versions(),
-            "seeds": list(seeds),
-            "seconds": round(time.perf_counter() - began, 1),
-            "claims": claims,
-            "summary": [f"{'held' if c['held'] else 'NOT held'}: {c['claim']}" for c in claims],
-            "data": {"budget": amount.budget, "rates": amount.rates, "goal": GOAL, **data},
-        }
-    )
+    record = make_record(
+        "figure2", {"seeds": seeds, "size": size}, seconds=time.perf_counter() - began, claims=claims,
+        data={"budget": amount.budget, "rates": amount.rates, "goal": GOAL, **data},
+    )  # fmt: skip
     write_record(out, "figure2", record, plot(data, amount))
     return record
 

@@ -45,6 +45,46 @@ def versions() -> dict[str, str]:
     }
 
 
+def make_record(
+    experiment: str,
+    options: Mapping[str, Any],
+    *,
+    seconds: float,
+    claims: Sequence[Mapping[str, Any]],
+    data: Any,
+    **more: Any,
+) -> dict[str, Any]:
+    """Put a record together.
+
+    Args:
+        experiment: Name of the module whose `run` made it.
+        options: What `run` was called with besides the folder.
+        seconds: Wall time.
+        claims: As `claim` makes them.
+        data: The numbers.
+        more: Further entries.
+
+    Returns:
+        JSON values: command, the options, versions, the further entries, seconds, claims, a summary of one line per claim, data.
+    """
+    values = {n: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for n, v in options.items()}  # fmt: skip
+    arguments = "".join(f", {name}={value!r}" for name, value in values.items())
+    return dict(
+        plain(
+            {
+                "command": f"specdef.experiments.{experiment}.run(out{arguments})",
+                **options,
+                "versions": versions(),
+                **more,
+                "seconds": round(seconds, 2),
+                "claims": claims,
+                "summary": [f"{'held' if c['held'] else 'NOT held'}: {c['claim']}" for c in claims],
+                "data": data,
+            }
+        )
+    )
+
+
 def write_record(out: Path, name: str, record: Mapping[str, Any], figure: Figure) -> None:
     """Write NAME.json and NAME.png.
 

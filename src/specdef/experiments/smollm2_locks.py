@@ -34,7 +34,7 @@ from specdef.experiments.lock_table import (
     unique_rows,
 )
 from specdef.experiments.lock_table_plot import draw_sweeps
-from specdef.experiments.record import Progress, claim, plain, versions, write_record
+from specdef.experiments.record import Progress, claim, make_record, write_record
 from specdef.lock.config import LockConfig
 from specdef.models.smollm2 import smollm2
 from specdef.models.tiny import tiny_model
@@ -143,20 +143,12 @@ def run(
         cell["earlier"] = earlier.get((cell["attack"], cell["lock"]))
     columns = (UNLOCKED, *LOCKS)
     claims = _claims(cells, exact)
-    record: dict[str, Any] = plain(
-        {
-            "command": f"specdef.experiments.smollm2_locks.run(out, seeds={tuple(seeds)}, size={size!r}, device={device!r})",
-            "size": size,
-            "versions": versions(),
-            "settings": {**asdict(settings), "locks": {n: c.to_dict() for n, c in LOCKS.items()}},
-            "seeds": list(seeds),
-            "seconds": round(sum(row["seconds"] for row in rows), 2),
-            "claims": claims,
-            "summary": [f"{'held' if c['held'] else 'NOT held'}: {c['claim']}" for c in claims],
-            "table": text_table(cells, columns, "loss", earlier, digits=3)
-            + text_table(cells, tuple(LOCKS), "recovered", {}, digits=3),
-            "data": {"cells": cells, "locks": exact, "rows": rows},
-        }
+    table = text_table(cells, columns, "loss", earlier, digits=3)
+    record = make_record(
+        "smollm2_locks", {"seeds": seeds, "size": size, "device": device}, claims=claims,
+        settings={**asdict(settings), "locks": {n: c.to_dict() for n, c in LOCKS.items()}},
+        table=table + text_table(cells, tuple(LOCKS), "recovered", {}, digits=3),
+        seconds=sum(row["seconds"] for row in rows), data={"cells": cells, "locks": exact, "rows": rows},
     )  # fmt: skip
     starts = [entry["counted_from"] for entry in exact]
     write_record(out, "smollm2-locks", record, draw_sweeps(rows, columns, min(starts)))

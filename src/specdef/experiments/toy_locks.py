@@ -28,7 +28,7 @@ from specdef.experiments.lock_table import (
     unique_rows,
 )
 from specdef.experiments.lock_table_plot import draw_accuracies
-from specdef.experiments.record import Progress, claim, plain, versions, write_record
+from specdef.experiments.record import Progress, claim, make_record, write_record
 from specdef.experiments.toy_locks_setup import LOCKS, Net, locked, output_difference, problem
 
 SEEDS = {"cpu": 5, "smoke": 1}
@@ -118,19 +118,11 @@ def run(
     scratch = next((c["accuracy"] for c in cells if c["lock"] == SCRATCH), None)
     shown = [c for c in cells if c["lock"] != SCRATCH]
     claims = _claims(shown, scratch, exact)
-    record: dict[str, Any] = plain(
-        {
-            "command": f"specdef.experiments.toy_locks.run(out, seeds={tuple(seeds)}, size={size!r})",
-            "size": size,
-            "versions": versions(),
-            "settings": {"net": asdict(net), "locks": {n: asdict(LOCKS[n]) for n in locks}, "budget": asdict(budget)},
-            "seeds": list(seeds),
-            "seconds": round(sum(row["seconds"] for row in rows), 2),
-            "claims": claims,
-            "summary": [f"{'held' if c['held'] else 'NOT held'}: {c['claim']}" for c in claims],
-            "table": text_table(shown, columns, "accuracy", EARLIER),
-            "data": {"cells": cells, "locks": exact, "rows": rows},
-        }
+    record = make_record(
+        "toy_locks", {"seeds": seeds, "size": size}, claims=claims,
+        settings={"net": asdict(net), "locks": {n: asdict(LOCKS[n]) for n in locks}, "budget": asdict(budget)},
+        table=text_table(shown, columns, "accuracy", EARLIER),
+        seconds=sum(row["seconds"] for row in rows), data={"cells": cells, "locks": exact, "rows": rows},
     )  # fmt: skip
     write_record(out, "toy-locks", record, draw_accuracies(shown, columns, scratch, EARLIER))
     forget(journals)
