@@ -134,25 +134,23 @@ def main() -> None:
         config: specdef.LockConfig | None,
         rates: tuple[float, ...],
     ) -> dict[str, object]:
-        def load() -> torch.nn.Module:
-            model = specdef.load_model(folder)
-            if config is not None:
-                tensors = unique_tensors(model)
-                plan = specdef.plan_lock(
-                    MemorySource(tensors, model_config(model)), config, scores=scores
-                )
-                for name, edits in plan.scalings.items():
-                    for edit in edits:
-                        edit.apply(tensors[name].data, name=name)
-            return model
-
-        runs = sweep(load, train, held_out, rates)
+        model = specdef.load_model(folder)
+        if config is not None:
+            tensors = unique_tensors(model)
+            plan = specdef.plan_lock(
+                MemorySource(tensors, model_config(model)), config, scores=scores
+            )
+            for name, edits in plan.scalings.items():
+                for edit in edits:
+                    edit.apply(tensors[name].data, name=name)
+        runs = sweep(model, train, held_out, rates)
         winner = min(runs, key=lambda run: run.best)
         losses = {
-            f"{run.learning_rate:g}": run.best if math.isfinite(run.best) else None for run in runs
+            f"{run.setting.learning_rate:g}": run.best if math.isfinite(run.best) else None
+            for run in runs
         }
-        return {"start": runs[0].losses[0], "best": winner.best, "learning_rate": winner.learning_rate,
-                "at_edge": winner.learning_rate in (rates[0], rates[-1]), "best_by_rate": losses}  # fmt: skip
+        return {"start": runs[0].losses[0], "best": winner.best, "learning_rate": winner.setting.learning_rate,
+                "at_edge": winner.setting.learning_rate in (rates[0], rates[-1]), "best_by_rate": losses}  # fmt: skip
 
     convex = specdef.LockConfig()
     designs = {

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from specdef.attacks.run import Run
+from specdef.attacks.task import Setting
 from specdef.data.texts import load_text
 from specdef.experiments import demo
-from specdef.experiments.finetune import Run
 from specdef.models.tiny import save_tiny
 
 
@@ -60,8 +62,9 @@ def test_demo_holds_what_it_promises(folder, tmp_path, capsys):
 def test_gain_share_is_of_the_controls_gain():
     def run(*losses):
         return Run(
-            learning_rate=1.0, steps=tuple(range(len(losses))), losses=losses, diverged=False
-        )
+            attack="full-adamw", setting=Setting(), seed=0, steps=tuple(range(len(losses))), losses=losses,
+            accuracies=(math.nan,) * len(losses), status="finished",
+        )  # fmt: skip
 
     assert demo.gain_share([run(4.0, 3.0), run(4.0, 2.0)], [run(4.0, 3.5), run(4.0, 9.0)]) == 0.25
     assert (

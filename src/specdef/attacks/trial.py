@@ -112,11 +112,9 @@ class Trial:
     def relative_change(self) -> float:
         """Return the norm of the change over the norm of the start; inf where it is not finite."""
         with torch.no_grad():
-            pairs = list(zip(self.parameters, self.before, strict=True))
-            change = math.sqrt(
-                sum(float((p.double() - b.double()).square().sum()) for p, b in pairs)
-            )
-            size = math.sqrt(sum(float(b.double().square().sum()) for _, b in pairs))
+            pairs = zip(self.parameters, self.before, strict=True)
+            change = math.hypot(*(_norm(p - b) for p, b in pairs))
+            size = math.hypot(*(_norm(b) for b in self.before))
         return change / size if size and math.isfinite(change) else math.inf
 
     def swamped(self) -> float:
@@ -183,6 +181,10 @@ def has_running_statistics(model: nn.Module) -> bool:
         isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None
         for module in model.modules()
     )
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def rate_factor(setting: Setting, step: int, steps: int) -> float:

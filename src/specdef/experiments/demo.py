@@ -14,15 +14,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import specdef
+from specdef.attacks.run import Run
 from specdef.data.texts import load_text, token_batches
-from specdef.experiments.finetune import Run, sweep
+from specdef.experiments.finetune import sweep
 from specdef.models.smollm2 import smollm2
 
 DEFAULT_RATE = 5e-5
@@ -116,9 +116,7 @@ def run(model: Path, out: Path, *, steps: int = 8, length: int = 32) -> dict[str
     train, held_out = batches[:steps], batches[steps:]
 
     def attack(name: str, folder: Path, rates: Sequence[float]) -> list[Run]:
-        return sweep(
-            lambda: specdef.load_model(folder), train, held_out, rates, progress=_reporter(name)
-        )
+        return sweep(specdef.load_model(folder), train, held_out, rates, progress=_reporter(name))
 
     control = attack("original", model, CONTROL_RATES)
     locked = attack("locked", out / "locked", LOCKED_RATES)
@@ -195,7 +193,7 @@ def plot(control: Sequence[Run], locked: Sequence[Run], path: Path) -> None:
     for name, runs, colour in (("original", control, "tab:blue"), ("locked", locked, "tab:red")):
         best = min(runs, key=lambda r: r.best)
         for run_, style in ((runs[0], "--"), (best, "-")):
-            label = f"{name}, lr {run_.learning_rate:g}" + ("" if style == "--" else " (best)")
+            label = f"{name}, lr {_rate(run_):g}" + ("" if style == "--" else " (best)")
             left.plot(
                 run_.steps,
                 [min(y, 2 * start) for y in run_.losses],
@@ -203,9 +201,9 @@ def plot(control: Sequence[Run], locked: Sequence[Run], path: Path) -> None:
                 color=colour,
                 label=label,
             )
-        ordered = sorted(runs, key=lambda r: r.learning_rate)
+        ordered = sorted(runs, key=_rate)
         right.plot(
-            [r.learning_rate for r in ordered],
+            [_rate(r) for r in ordered],
             [r.best for r in ordered],
             "o-",
             color=colour,
@@ -281,12 +279,16 @@ def _generate(folder: Path, tokenizer: Any) -> str:
 
 
 def _reporter(name: str) -> Callable[[Run], None]:
-    return lambda r: _say(f"{name:9} lr {r.learning_rate:<8g} {_curve(r)}")
+    return lambda r: _say(f"{name:9} lr {_rate(r):<8g} {_curve(r)}")
+
+
+def _rate(r: Run) -> float:
+    return r.setting.learning_rate
 
 
 def _curve(r: Run) -> str:
     values = " ".join(f"{loss:.3f}" if math.isfinite(loss) else "inf" for loss in r.losses)
-    return f"{values}{'  diverged' if r.diverged else ''}"
+    return f"{values}{'' if r.status == 'finished' else '  diverged'}"
 
 
 def _show_attack(control: list[Run], locked: list[Run]) -> tuple[float, float]:
@@ -308,9 +310,8 @@ def _show_attack(control: list[Run], locked: list[Run]) -> tuple[float, float]:
 
 
 def _row(r: Run) -> dict[str, Any]:
-    values = asdict(r)
-    values["losses"] = [loss if math.isfinite(loss) else None for loss in r.losses]
-    return values
+    losses = [loss if math.isfinite(loss) else None for loss in r.losses]
+    return {"learning_rate": _rate(r), "steps": r.steps, "losses": losses, "diverged": r.status != "finished"}  # fmt: skip
 
 
 def _say(text: str) -> None:
