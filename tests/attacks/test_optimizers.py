@@ -24,11 +24,14 @@ from specdef.attacks.optimizers.layerwise import LAMB, LARS
 from specdef.attacks.optimizers.lion import Lion
 from specdef.attacks.optimizers.muon import MuonAdamW, tables_of
 from specdef.attacks.optimizers.natural_gradient import NaturalGradient
+from specdef.attacks.optimizers.scales import row_and_column_scales, scales
 from specdef.attacks.optimizers.shampoo import Shampoo
 from specdef.attacks.optimizers.sophia import Sophia
 from specdef.attacks.optimizers.xmat import XMat
 from specdef.attacks.task import Budget, Setting, Task
 from specdef.errors import SpecDefError
+from specdef.lock.config import LockConfig
+from specdef.lock.in_memory import lock_model
 
 F64 = torch.float64
 HEAVY = importlib.util.find_spec("heavyball") is not None
@@ -258,7 +261,7 @@ def adahessian(q: Quadratic, lr: float, decay: float, steps: int) -> list[Tensor
                 d[i] = averaged
             m[i] = 0.9 * m[i] + 0.1 * g[i]
             v[i] = 0.999 * v[i] + 0.001 * d[i] ** 2
-            root = torch.sqrt(v[i] / (1 - 0.999**t)) + 1e-8
+            root = torch.sqrt(v[i] / (1 - 0.999**t)) + 1e-4
             w[i] = w[i] * (1 - lr * decay) - lr * m[i] / (1 - 0.9**t) / root
     return w
 
@@ -455,7 +458,8 @@ def test_natural_gradient_solves_with_the_dense_gauss_newton_matrix() -> None:
     S = torch.autograd.functional.hessian(loss, outputs(w)).reshape(18, 18)
     g = torch.func.grad(lambda w: loss(outputs(w)))(w)
     F = J.T @ S @ J
-    expected = w - 0.5 * torch.linalg.solve(F + 1e-2 * torch.diag(F.diag()), g)
+    D = torch.cat([scales(p).flatten() for p in net.parameters()]).pow(-2)
+    expected = w - 0.5 * torch.linalg.solve(F + 1e-2 * torch.diag(D), g)
     optimizer = NaturalGradient(net.parameters(), net, lr=0.5, damping=1e-2)
     optimizer.step(lambda: loss(net(x)))
     found = torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -522,6 +526,72 @@ def test_only_natural_gradients_do_not_see_a_lock(make: Any, graph: bool, invari
     assert float((net(x).detach() - start).norm()) > 1e-3  # it did move
 
 
+class Scaled(nn.Module):
+    """A parameter without a dimension, and a layer nothing goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.unused = mlp(), nn.Linear(2, 2)
+        self.gain = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * self.layer(x)
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_it_trains_beside_a_lone_number_and_what_is_unused(name: str) -> None:
+    run = attack(Scaled(), name, rates(name)[1], steps=3)
+    assert run.status == "finished" and run.relative_change > 0
+
+
+def test_scales_follow_every_row_and_column_and_leave_zeros_out() -> None:
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(6, 5, generator=g, dtype=F64)
+    W[torch.rand(6, 5, generator=g) < 0.2] = 0
+    W[3] = 0
+    rows, columns = torch.ones(6, dtype=F64), torch.ones(5, dtype=F64)
+    rows[1], columns[2], columns[4] = 2.0**30, 2.0**-20, 3.0
+    r, c = row_and_column_scales(W)
+    a, b = row_and_column_scales(rows[:, None] * W * columns)
+    expected = rows[:, None] * torch.outer(r, c) * columns
+    others = torch.arange(6) != 3  # what is 0 has no scale to follow
+    torch.testing.assert_close(torch.outer(a, b)[others], expected[others], rtol=1e-6, atol=0)
+    assert torch.outer(a, b).isfinite().all() and torch.equal(scales(torch.zeros(2, 3)), torch.ones(2, 3))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "rows", "steps"),
+    [
+        ("kfac-relative", 0.03, 64, 60),
+        ("adahessian", 0.03, 64, 60),
+        ("natural-gradient", 0.3, 8, 12),
+    ],
+)
+def test_it_learns_where_a_net_is_sure_of_wrong_answers(name: str, rate: float, rows: int, steps: int) -> None:  # fmt: skip
+    net, hard = sure_of_wrong_answers(rows)
+    run = FullTraining((name,))(net, hard, Setting(optimizer=name, learning_rate=rate), Budget(steps=steps))  # fmt: skip
+    assert run.start > 8 and run.best < run.start / 4
+
+
+def sure_of_wrong_answers(rows: int) -> tuple[nn.Module, Task]:
+    """A net trained until it is sure, and other labels for its inputs, some of which are hardly ever on."""
+    g = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))  # fmt: skip
+    x = torch.rand(256, 16, generator=g)
+    x[:, 8:] *= torch.rand(256, 8, generator=g) < 0.03
+    y = x[:, :4].argmax(1)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    other = (y + 1) % 4
+    batches = [list(b) for b in zip(x.split(rows), other.split(rows), strict=True)]
+    return net.eval(), Task(name="other labels", train=batches, heldout=[[x, other]])
+
+
 def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
@@ -534,6 +604,36 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     singular = torch.linalg.svdvals(step_1) / (1e-2 * 0.2 * 2)
     assert bool((singular > 0.5).all()) and bool((singular < 1.5).all())
     assert {"momentum_buffer", "exp_avg"} <= {k for s in optimizer.state.values() for k in s}
+
+
+def test_kfac_relative_does_not_see_a_lock_of_a_language_model(tiny_folder: Callable[..., Path]) -> None:  # fmt: skip
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
+    held = copy.deepcopy(net)
+    lock_model(held, LockConfig(method="absorbed"))  # norms' gains too, which are in no block
+    tokens = torch.arange(32).view(2, 16) % net.config.vocab_size
+    batch = [{"input_ids": tokens, "labels": tokens}]
+    losses = [
+        FullTraining(("kfac-relative",))(
+            model,
+            Task(name="count", train=batch, heldout=batch),
+            Setting(optimizer="kfac-relative", learning_rate=1.0),
+            Budget(steps=4),
+        ).losses
+        for model in (net, held)
+    ]
+    assert losses[0][-1] < losses[0][0] - 0.01
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError])
+def test_muon_takes_a_model_that_refuses_to_name_its_tables(error: type[Exception]) -> None:
+    class Refuses(nn.Linear):
+        def get_output_embeddings(self) -> nn.Module:
+            raise error
+
+    assert tables_of(Refuses(2, 2)) == ()
 
 
 def test_a_shared_layer_has_one_block_and_a_large_one_none() -> None:
@@ -581,7 +681,14 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [*(n for n in GRAPH if n != "natural-gradient"), "kfac-1e-3", "muon", "shampoo", "lbfgs"],
+    [
+        *(n for n in GRAPH if n != "natural-gradient"),
+        "kfac-1e-3",
+        "kfac-relative",
+        "muon",
+        "shampoo",
+        "lbfgs",
+    ],
 )
 def test_it_trains_a_language_model(tiny_folder: Callable[..., Path], name: str) -> None:
     from transformers import AutoModelForCausalLM

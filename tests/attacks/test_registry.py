@@ -17,8 +17,8 @@ from specdef.attacks.task import Budget, Setting, Task
 from specdef.errors import SpecDefError
 from specdef.models.tiny import tiny_model
 
-NOT_ON_AN_UNLOCKED_LLAMA = {"merge", "freeze-inserted", "known-scale"}
-"""Attacks on layers or scales that only a lock brings."""
+NOT_ON_AN_UNLOCKED_LLAMA = {"merge", "freeze-inserted", "known-scale", "base-diff"}
+"""Attacks on layers or scales that only a lock brings, or on an original that is not public."""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,11 @@ def test_names_are_found_once_each_and_near_ones_are_given() -> None:
         find(["lora-al"])
     with pytest.raises(SpecDefError, match=r"no attack is called '#'$"):
         find(["#"])
+
+
+def test_the_original_counts_as_public_only_where_that_is_said(llama: nn.Module) -> None:
+    assert "public" in ATTACKS["base-diff"].applies(llama)
+    assert not find(["base-diff"])[0].applies(llama)
 
 
 @pytest.mark.parametrize("name", [*ATTACKS, REFERENCE.name])

@@ -277,7 +277,7 @@ def test_the_compensated_lock_falls_to_merging_and_freezing(
 ) -> None:
     model = locked(llama, COMPENSATED).model
     assert best(FullTraining(), model, permutation).gain < 0.6 * control.gain
-    for attack in (Merge(), FreezeInserted(), Inject()):
+    for attack in (Merge(), FreezeInserted(), Inject(), Factor(), Factor(3)):
         assert best(attack, model, permutation, (1e-3, 1e-2)).gain > 0.9 * control.gain, attack
 
 
@@ -422,8 +422,37 @@ def test_injection_adds_and_trains_what_it_says(llama: nn.Module, permutation: T
     assert {run.attack, whole.attack} == {"layer-injection", "layer-injection-all"}
 
 
+def test_costs_leave_out_tables_that_are_looked_up() -> None:
+    layers = nn.Embedding(1000, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+    model, task = nn.Sequential(*layers), mlp_task()
+    assert prepared(Inject(freeze=False), model, task).relative_cost == 2
+    # Products with 4 x 4 matrices: 1 + 2 + 2 + 3 where the identities train, 3 + 3 without them.
+    assert prepared(Inject(), model, task).relative_cost == pytest.approx(8 / 6)
+    assert prepared(Factor(), nn.Sequential(layers[0], layers[1]), task).relative_cost == 2
+
+
+def test_no_identity_is_put_inside_a_foreign_pair() -> None:
+    task, model, layers = mlp_task(), mlp(), list[nn.Module]()
+    for layer in model:
+        layers.append(layer)
+        if isinstance(layer, nn.Linear):
+            left, values, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+            scales = torch.ones_like(values)
+            scales[:2] = 1e4
+            layers[-1] = pointwise(left * scales * values @ right, None, layer)
+            # off the columns of U the inverse is the identity
+            back = torch.eye(len(left)) + (left / scales - left) @ left.T
+            layers.append(pointwise(back, layer.bias.detach(), layer))
+    bound = nn.Sequential(*layers)
+    torch.testing.assert_close(outputs(bound, task), outputs(model, task), rtol=1e-2, atol=1e-2)
+    paths = [name for name, _ in prepared(Inject(), bound, task).model.named_parameters()]
+    assert "0.weight" in paths and "1.1.weight" in paths
+    rates = (1e-3, 3e-3, 1e-2)
+    assert best(Inject(), bound, task, rates).gain > 0.9 * best(Inject(), model, task, rates).gain
+
+
 def test_no_identity_is_put_behind_a_vocabulary_head() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 100))
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 100))
     assert prepared(Inject(), model, mlp_task()).notes == ("injected 1 identity layers",)
 
 

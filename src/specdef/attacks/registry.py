@@ -15,7 +15,7 @@ from specdef.attacks.partial.lora import LoRA
 from specdef.attacks.partial.prompt import PromptTuning
 from specdef.attacks.rebuild.distil import Distil
 from specdef.attacks.rebuild.scratch import Scratch
-from specdef.attacks.structural import STRUCTURAL
+from specdef.attacks.structural import STRUCTURAL, BaseDiff
 from specdef.errors import SpecDefError
 
 _FULL = (RECIPE, *(FullTraining((name,)) for name in OPTIMIZERS))
@@ -29,6 +29,9 @@ ATTACKS: dict[str, Attack] = {
     for attack in sorted((*_FULL, *_PARTIAL, *STRUCTURAL, Distil()), key=lambda a: a.tier)
 }
 """Name -> attack; within a tier in the order they are tried."""
+
+_ASKED: dict[str, Attack] = {"base-diff": BaseDiff(public=True)}
+"""Attacks on what only some attackers have: whoever names one says that they do."""
 
 REFERENCE = Scratch()
 """What attacks are compared with; no attack itself."""
@@ -47,7 +50,7 @@ def find(names: Iterable[str]) -> tuple[Attack, ...]:
         names: Keys of `ATTACKS`.
 
     Returns:
-        The attacks, in the order asked for, each once.
+        The attacks, in the order asked for, each once; base-diff with the original public.
 
     Raises:
         SpecDefError: There is no such attack; names that come close are given.
@@ -58,5 +61,5 @@ def find(names: Iterable[str]) -> tuple[Attack, ...]:
             close = difflib.get_close_matches(name, ATTACKS, n=3, cutoff=0.4)
             nearest = f"; nearest: {', '.join(close)}" if close else ""
             raise SpecDefError(f"no attack is called {name!r}{nearest}", hint="`specdef audit --list` names all.")  # fmt: skip
-        found[name] = ATTACKS[name]
+        found[name] = _ASKED.get(name, ATTACKS[name])
     return tuple(found.values())

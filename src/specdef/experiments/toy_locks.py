@@ -164,7 +164,7 @@ def _claims(cells: Rows, scratch: Mapping[str, Any] | None, exact: Rows) -> list
             lock: unlocked["kfac-relative"] - part.get("kfac-relative", math.nan)
             for lock, part in through.items()
         }
-        claims.append(claim("K-FAC damped by its factors' own diagonals learns on every absorbed lock what it learns without, to 0.05.", all(gap <= 0.05 for gap in lost.values()), falls_short_by=lost, unlocked=unlocked["kfac-relative"]))  # fmt: skip
+        claims.append(claim("K-FAC with weights in the scales of their rows and columns learns on every absorbed lock what it learns without, to 0.05.", all(gap <= 0.05 for gap in lost.values()), falls_short_by=lost, unlocked=unlocked["kfac-relative"]))  # fmt: skip
     if found := of(EVERY):
         short = {name: unlocked[name] - value for name, value in found.items()}
         claims.append(claim("Scaling every channel alike is no lock: AdamW comes within 0.1 of its unlocked accuracy.", short["adamw"] <= 0.1, falls_short_by=short))  # fmt: skip

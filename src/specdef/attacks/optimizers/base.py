@@ -39,10 +39,7 @@ class PerTensor(torch.optim.Optimizer, ABC):
         Returns:
             What the closure gave.
         """
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
+        value = evaluated(closure)
         self._apply()
         return value
 
@@ -123,6 +120,14 @@ class PerTensorCurved(PerTensor):
         self._apply()
         self.count += 1
         return value
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """Return what a closure gives, run with gradients whatever the caller's mode; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def differentiate(

@@ -22,7 +22,8 @@ def heavyball(kind: str, *factors: str) -> Build:
 
     Returns:
         For a row of the table. What it builds runs without torch.compile, whose code takes longer to make than a short run,
-        leaves gradients where they are, and keeps its state in float32 (float64 for float64 weights).
+        leaves gradients where they are, and keeps its state in float32 (float64 for float64 weights). Parameters without
+        a dimension, which some of its classes cannot take, stay as they are.
     """
 
     def build(
@@ -38,6 +39,7 @@ def heavyball(kind: str, *factors: str) -> Build:
         library.utils.compile_mode = None
         dtype = "float64" if setting.dtype == "float64" else "float32"
         types = dict.fromkeys(("storage_dtype", *factors), dtype)
+        groups = [{**g, "params": [p for p in g["params"] if p.ndim]} for g in groups]
         optimizer: torch.optim.Optimizer = getattr(library, kind)(
             groups, lr=setting.learning_rate, weight_decay=setting.weight_decay, **types
         )  # fmt: skip

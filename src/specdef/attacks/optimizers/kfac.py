@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef.attacks.optimizers.base import Params, wide
+from specdef.attacks.optimizers.base import Params, evaluated, wide
+from specdef.attacks.optimizers.scales import row_and_column_scales, scales
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +39,10 @@ class KFAC(torch.optim.Optimizer):
     of the gradients of the loss itself: no second backward pass with drawn labels. Damping (section 6.3): A + pi sqrt(l) I and
     G + sqrt(l)/pi I; pi^2 is the ratio of the medians of the diagonals where the paper takes their means, which a few scaled
     channels would decide alone. Solved by Cholesky factors in float64, whose error does not grow with the scales of channels.
-    With `relative` damping is A + sqrt(l) diag(A) and G + sqrt(l) diag(G) (Marquardt 1963): scales of channels then change nothing.
+    With `relative` a weight is measured in the scales its row and its column have at the first step, and damping is that of the
+    weights so measured: scales of channels, taken back by another layer, then change nothing. (Damping by the factors' own
+    diagonals does not see scales either, but nothing then holds a channel back that is hardly ever active.) Parameters outside
+    the blocks follow the momentum of the gradient in such scales.
     Cost: n^3/3 per side and step, and two passes over the rows.
 
     Args:
@@ -47,7 +51,7 @@ class KFAC(torch.optim.Optimizer):
         lr: Learning rate.
         weight_decay: Decoupled.
         damping: l.
-        relative: Damp by the factors' own diagonals.
+        relative: Measure weights in the scales of their rows and columns.
         momentum: Of heavy ball.
         decay: Of the running factors, at most 1 - 1/step.
         max_size: Largest side of a factor.
@@ -102,17 +106,16 @@ class KFAC(torch.optim.Optimizer):
         Returns:
             What the closure gave.
         """
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
+        value = evaluated(closure)
         natural = {id(p): d for block in self.blocks for p, d in self._directions(block)}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                direction = natural.get(id(parameter), wide(parameter.grad))
                 state = self.state[parameter]
+                direction = natural.get(id(parameter))
+                if direction is None:
+                    direction = self._outside(wide(parameter.grad), parameter, state)
                 if "m" not in state:
                     state["m"] = torch.zeros_like(direction)
                 if group["weight_decay"]:
@@ -139,18 +142,37 @@ class KFAC(torch.optim.Optimizer):
         if block.bias is not None:
             assert block.bias.grad is not None
             grad = torch.cat([grad, block.bias.grad.double()[:, None]], 1)
-        if self.relative:
-            A, G = (_relatively_damped(state[name], self.damping) for name in "AG")
-        else:
-            A, G = damped(state["A"], state["G"], self.damping)
-        solved = torch.cholesky_solve(grad, torch.linalg.cholesky(G))
-        solved = torch.cholesky_solve(solved.mT, torch.linalg.cholesky(A)).mT
+        A, G = state["A"], state["G"]
+        r, c = self._units(block, A) if self.relative else (G.new_ones(len(G)), A.new_ones(len(A)))
+        A, G = damped(c[:, None] * A * c, r[:, None] * G * r, self.damping)
+        solved = torch.cholesky_solve(r[:, None] * grad * c, torch.linalg.cholesky(G))
+        solved = r[:, None] * torch.cholesky_solve(solved.mT, torch.linalg.cholesky(A)).mT * c
         weight = solved if block.bias is None else solved[:, :-1]
         weight = weight.mT if isinstance(block.layer, Conv1D) else weight
         out = [(block.weight, weight.reshape(block.weight.shape))]
         if block.bias is not None:
             out.append((block.bias, solved[:, -1]))
         return [(p, d.to(wide(p).dtype)) for p, d in out]
+
+    def _units(self, block: _Block, A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scales of a layer's outputs and inputs, as they were at its first step."""
+        state = self.state[block.weight]
+        if "units" not in state:
+            r, c = row_and_column_scales(_matrix(block, block.weight))
+            if block.bias is not None:  # as an input that contributes as much as the others
+                middle = float((c.square() * A.diagonal()[:-1]).median().sqrt())
+                c = torch.cat([c, c.new_tensor([middle or 1.0])])
+            state["units"] = r, c
+        units: tuple[Tensor, Tensor] = state["units"]
+        return units
+
+    def _outside(self, grad: Tensor, parameter: Tensor, state: dict[str, Any]) -> Tensor:
+        if not self.relative:
+            return grad
+        if "scales" not in state:
+            state["scales"] = scales(parameter)
+        out: Tensor = grad * state["scales"].square()
+        return out
 
 
 def damped(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -171,12 +193,6 @@ def damped(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     pi = math.sqrt(a / g) if a > 0 and g > 0 else 1.0
     root = math.sqrt(damping)
     return _plus(A, pi * root), _plus(G, root / pi)
-
-
-def _relatively_damped(matrix: Tensor, damping: float) -> Tensor:
-    diagonal = matrix.diagonal()
-    # What never was active has no scale of its own, and no gradient.
-    return matrix + torch.diag(torch.where(diagonal > 0, math.sqrt(damping) * diagonal, 1.0))
 
 
 def _plus(matrix: Tensor, amount: float) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from specdef.attacks.optimizers.base import Params
+from specdef.attacks.optimizers.base import Params, evaluated
+from specdef.lock.embeddings import output_embeddings
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -61,10 +62,7 @@ class MuonAdamW(torch.optim.Optimizer):
         Returns:
             What the closure gave.
         """
-        value = None
-        if closure is not None:
-            with torch.enable_grad():
-                value = closure()
+        value = evaluated(closure)
         for optimizer in self.parts:
             for own, group in zip(optimizer.param_groups, self.param_groups, strict=True):
                 own.update(lr=group["lr"], weight_decay=group["weight_decay"])
@@ -81,6 +79,6 @@ def tables_of(model: nn.Module) -> tuple[nn.Parameter, ...]:
     Returns:
         Parameters; none twice only if none is tied.
     """
-    found = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return (*found, *([head.weight] if head is not None else []))
+    modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    weights = [getattr(m, "weight", None) for m in (*modules, output_embeddings(model))]
+    return tuple(w for w in weights if isinstance(w, nn.Parameter))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from specdef.attacks.optimizers.base import Params
+from specdef.attacks.optimizers.scales import scales
 from specdef.errors import SpecDefError
 
 LARGEST = 1 << 17
@@ -25,10 +26,12 @@ ENTRIES = 1 << 27
 class NaturalGradient(torch.optim.Optimizer):
     """w <- w - lr (F + l D)^-1 g, F = J^T S J, J the outputs' Jacobian, S the loss's Hessian by the outputs, g = J^T u.
 
-    F is the Gauss-Newton matrix: for cross-entropy the Fisher matrix. D is its diagonal (Marquardt 1963), 1 where that is 0, so
-    that scales of channels change neither the path nor the rounding, whatever the damping. By
-    (F + l D)^-1 J^T = D^-1 J^T (S K + l I)^-1 with K = J D^-1 J^T a system as large as the outputs is solved, in float64; J is
-    only there one tensor at a time. Of bfloat16 weights S is too coarse, and steps go astray.
+    F is the Gauss-Newton matrix: for cross-entropy the Fisher matrix. D is diagonal: 1 over the square of every weight's scale
+    at the first step (that of its row times that of its column; a vector's 0 stays), so that scales of channels, taken back by
+    another layer, change neither the path nor the rounding. (So does the diagonal of F, but that all but vanishes with F where
+    a net is sure of wrong answers, and steps have no bound.) By (F + l D)^-1 J^T = D^-1 J^T (S K + l I)^-1 with
+    K = J D^-1 J^T a system as large as the outputs is solved, in float64; J is only there one tensor at a time. Of bfloat16
+    weights S is too coarse, and steps go astray.
 
     Args:
         params: Parameters or groups.
@@ -49,7 +52,7 @@ class NaturalGradient(torch.optim.Optimizer):
         *,
         lr: float,
         weight_decay: float = 0.0,
-        damping: float = 1e-3,
+        damping: float = 1e-2,
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -85,12 +88,14 @@ class NaturalGradient(torch.optim.Optimizer):
             if outputs.numel() > OUTPUTS or outputs.numel() * largest > ENTRIES:
                 raise _too_large(f"a batch puts out {outputs.numel()} numbers")
             u, S = _output_derivatives(value, outputs)
-        K, diagonals = torch.zeros_like(S), []
+        K, inverses = torch.zeros_like(S), []
         for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["scales"] = scales(parameter)
+            inverses.append(state["scales"].double().square())
             J = _jacobian(outputs, parameter)
-            diagonal = ((S @ J) * J).sum(0)
-            diagonals.append(torch.where(diagonal > 0, diagonal, 1.0))
-            K += (J / diagonals[-1]) @ J.mT
+            K += (J * inverses[-1].reshape(-1)) @ J.mT
         grads = _pull_back(outputs, u, parameters)
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
@@ -100,7 +105,7 @@ class NaturalGradient(torch.optim.Optimizer):
         system = S @ K
         system.diagonal().add_(self.damping)
         pulled = _pull_back(outputs, torch.linalg.solve(system, u), parameters)
-        directions = iter(p / d.view_as(p) for p, d in zip(pulled, diagonals, strict=True))
+        directions = iter(p * d for p, d in zip(pulled, inverses, strict=True))
         self.outputs = None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -129,9 +134,10 @@ def _jacobian(outputs: Tensor, parameter: Tensor) -> Tensor:
     with torch.enable_grad():
         (J,) = torch.autograd.grad(
             outputs.reshape(-1), parameter, eye, retain_graph=True, is_grads_batched=True, allow_unused=True,
-            materialize_grads=True,
         )  # fmt: skip
-    return J.flatten(1).double()
+    if J is None:  # the outputs do not depend on it
+        return torch.zeros(len(eye), parameter.numel(), dtype=torch.float64, device=eye.device)
+    return J.reshape(len(eye), -1).double()
 
 
 def _pull_back(outputs: Tensor, vector: Tensor, parameters: list[Tensor]) -> tuple[Tensor, ...]:

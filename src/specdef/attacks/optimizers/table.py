@@ -65,11 +65,12 @@ _FIRST_ORDER = (
         build=_plain(torch.optim.SGD, momentum=0.9),
     ),
     OptimizerSpec(
-        name="adam", tier=2, source="Kingma & Ba 2015", learning_rates=(1e-5, 1e-2), build=_plain(torch.optim.Adam),
+        name="adam", tier=2, source="Kingma & Ba 2015", learning_rates=(1e-5, 1e-2),
+        build=_plain(torch.optim.Adam, fused=True),
     ),
     OptimizerSpec(
         name="adamw", tier=2, source="Loshchilov & Hutter 2019", learning_rates=(1e-5, 1e-2),
-        build=_plain(torch.optim.AdamW),
+        build=_plain(torch.optim.AdamW, fused=True),
     ),
     OptimizerSpec(
         name="nadam", tier=2, source="Dozat 2016", learning_rates=(1e-5, 1e-2),
@@ -159,11 +160,11 @@ _PRECONDITIONED = (
     ),
     OptimizerSpec(
         name="kfac-relative", tier=4,
-        source="Martens & Grosse 2015, arXiv 1503.05671, damping 1e-3 of the factors' diagonals (Marquardt 1963)",
+        source="Martens & Grosse 2015, arXiv 1503.05671, damping 1e-3 of weights in the scales of their rows and columns",
         learning_rates=(1e-4, 1.0), build=_kfac(1e-3, relative=True), relative_cost=1.5,
     ),
     OptimizerSpec(
-        name="natural-gradient", tier=4, source="Amari 1998; Gauss-Newton form, exact, damping 1e-3 of the diagonal", learning_rates=(1e-3, 1.0),
+        name="natural-gradient", tier=4, source="Amari 1998; Gauss-Newton form, exact, damping 1e-2 of weights in the scales of their rows and columns", learning_rates=(1e-3, 1.0),
         build=_natural, closure="graph", relative_cost=10.0, largest=LARGEST,
     ),
 )  # fmt: skip

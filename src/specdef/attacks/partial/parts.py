@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from specdef.lock.compensated import Compensated
+from specdef.lock.embeddings import input_embeddings
+from specdef.lock.embeddings import output_embeddings as output_embeddings
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -38,12 +39,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
             found[path] = module
             inside.update(map(id, module.modules()))
     return found
-
-
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the layer a language model predicts tokens with; None for other models."""
-    head: nn.Module | None = _asked(model, "get_output_embeddings")
-    return head
 
 
 def head_path(model: nn.Module) -> str | None:
@@ -83,7 +78,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 def embedding_modules(model: nn.Module) -> list[nn.Module]:
     """List embedding tables, and whatever else a transformers model turns its input into vectors with."""
-    own = _asked(model, "get_input_embeddings")
+    own = input_embeddings(model)
     return [m for m in model.modules() if m is own or isinstance(m, nn.Embedding)]
 
 
@@ -124,11 +119,3 @@ def members(modules: Iterable[nn.Module]) -> set[int]:
 def _words(path: str) -> set[str]:
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", path.rpartition(".")[2])
     return set(name.lower().split("_"))
-
-
-def _asked(model: nn.Module, method: str) -> Any:
-    """Return what a method of transformers' models gives; None where a model lacks it or refuses."""
-    try:
-        return getattr(model, method, lambda: None)()
-    except (AttributeError, NotImplementedError):
-        return None

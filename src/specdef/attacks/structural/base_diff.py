@@ -15,14 +15,27 @@ from specdef.lock.in_memory import unique_tensors
 
 
 class BaseDiff(Attack):
-    """Start from the original: full recovery, and the reason why a lock protects nothing that is public unlocked."""
+    """Start from the original: full recovery, and the reason why a lock protects nothing that is public unlocked.
+
+    Args:
+        public: Whether attackers have the original; an audit has it in any case, so it must be said.
+    """
 
     name = "base-diff"
     tier = 5
     source = "no paper: the download of the original"
-    summary = "start from the public original instead of the locked model"
-    needs_original = True
-    """Whoever has no original cannot run it."""
+    summary = "start from the public original instead of the locked model (asked for by name alone)"
+
+    def __init__(self, public: bool = False) -> None:
+        self.public = public
+
+    def applies(self, model: nn.Module) -> str:
+        """Return that the original is not public."""
+        return (
+            ""
+            if self.public
+            else "nobody said that the original is public: ask for base-diff by name"
+        )
 
     def prepare(
         self, model: nn.Module, task: Task, *, original: nn.Module | None, generator: torch.Generator

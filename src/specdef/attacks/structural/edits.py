@@ -1,9 +1,9 @@
-"""What structural attacks share: linear layers and their matrices, replacing modules, and what an edit costs per step."""
+"""What structural attacks share: linear layers and their matrices, and replacing modules."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -140,29 +140,6 @@ def without_matrices(model: nn.Module) -> str:
 def everything(model: nn.Module) -> list[dict[str, Any]]:
     """Return one parameter group of all parameters that can be trained."""
     return [{"params": [p for p in model.parameters() if p.is_floating_point()]}]
-
-
-def matrix_numbers(model: nn.Module) -> int:
-    """Count the numbers in weight matrices: the multiplications per token of a forward pass."""
-    return sum(p.numel() for p in model.parameters() if p.ndim > 1)
-
-
-def relative_cost(model: nn.Module, trained: Iterable[nn.Parameter], before: int) -> float:
-    """Estimate FLOPs per step over those of full training before the edit.
-
-    Each matrix is multiplied by in the forward pass, for the gradient of its input, and, if it trains, for its own.
-
-    Args:
-        model: After the edit.
-        trained: What trains.
-        before: `matrix_numbers` before the edit.
-
-    Returns:
-        The ratio; kernels of convolutions count as if all were applied equally often.
-    """
-    moving = {id(p) for p in trained}
-    work = sum(p.numel() * (2 + (id(p) in moving)) for p in model.parameters() if p.ndim > 1)
-    return work / (3 * before) if before else 1.0
 
 
 def fitted(batch: Batch, model: nn.Module) -> Batch:

@@ -8,19 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from specdef.attacks.attack import Attack, Prepared
+from specdef.attacks.partial.cost import relative_cost, step_work
 from specdef.attacks.structural.edits import (
     CONVOLUTIONS,
     Chain,
     bias_of,
     everything,
-    expand_inserted,
     linear_modules,
-    matrix_numbers,
     matrix_of,
     pointwise,
-    relative_cost,
     replace_module,
 )
+from specdef.attacks.structural.merge import merge_inserted
 from specdef.attacks.task import Task
 from specdef.lock.compensated import compensated_layers
 
@@ -28,8 +27,9 @@ from specdef.lock.compensated import compensated_layers
 class Factor(Attack):
     """Write W = U S V^T as (U S^(1/k)) S^(1/k) … (S^(1/k) V^T) and train all factors.
 
-    A singular value of `scale` times its size becomes k of scale^(1/k); the size of the model grows linearly with k. Inserted
-    layers are written out first, so that both matrices of a pair are expanded.
+    A singular value of `scale` times its size becomes k of scale^(1/k); the size of the model grows linearly with k. Layers in
+    a row are one product, of which the factors are taken: an inserted layer between them would still see inputs, and have a
+    curvature, of the size of W~ however that is written.
 
     Args:
         factors: Number of factors k.
@@ -57,15 +57,18 @@ class Factor(Attack):
         self, model: nn.Module, task: Task, *, original: nn.Module | None, generator: torch.Generator
     ) -> Prepared:  # fmt: skip
         """Expand, then train everything; the function changes by rounding alone."""
-        before = matrix_numbers(model)
-        expand_inserted(model)
+        before = step_work(model)
+        merged = merge_inserted(model)
         layers = linear_modules(model)
         for path, module in layers.items():
             replace_module(model, path, Chain(*self._expand(module)))
         groups = everything(model)
+        notes = [f"expanded {len(layers)} layers into {self.factors} factors each"]
+        if merged:
+            notes.insert(0, f"multiplied {merged} inserted layers in")
         return Prepared(
             model=model, groups=groups, relative_cost=relative_cost(model, groups[0]["params"], before),
-            notes=(f"expanded {len(layers)} layers into {self.factors} factors each",),
+            notes=tuple(notes),
         )  # fmt: skip
 
     def _expand(self, module: nn.Module) -> list[nn.Module]:

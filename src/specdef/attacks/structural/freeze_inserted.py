@@ -6,12 +6,8 @@ import torch
 from torch import nn
 
 from specdef.attacks.attack import Attack, Prepared
-from specdef.attacks.structural.edits import (
-    everything,
-    expand_inserted,
-    matrix_numbers,
-    relative_cost,
-)
+from specdef.attacks.partial.cost import relative_cost, step_work
+from specdef.attacks.structural.edits import everything, expand_inserted
 from specdef.attacks.structural.merge import consecutive, square_one, without_inserted
 from specdef.attacks.task import Task
 
@@ -32,7 +28,7 @@ class FreezeInserted(Attack):
         self, model: nn.Module, task: Task, *, original: nn.Module | None, generator: torch.Generator
     ) -> Prepared:  # fmt: skip
         """Leave the weights of inserted layers out; a model without any trains as a whole."""
-        before = matrix_numbers(model)
+        before = step_work(model)
         expand_inserted(model)
         frozen = {square_one(model, pair) for pair in consecutive(model)}
         held = {id(model.get_submodule(path).get_parameter("weight")) for path in frozen}

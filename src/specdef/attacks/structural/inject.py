@@ -6,16 +6,16 @@ import torch
 from torch import nn
 
 from specdef.attacks.attack import Attack, Prepared
+from specdef.attacks.partial.cost import relative_cost, step_work
 from specdef.attacks.structural.edits import (
     Chain,
     everything,
     linear_modules,
-    matrix_numbers,
     matrix_of,
     pointwise,
-    relative_cost,
     replace_module,
 )
+from specdef.attacks.structural.merge import consecutive
 from specdef.attacks.task import Task
 from specdef.lock.compensated import Compensated, compensated_layers
 
@@ -46,7 +46,7 @@ class Inject(Attack):
         self, model: nn.Module, task: Task, *, original: nn.Module | None, generator: torch.Generator
     ) -> Prepared:  # fmt: skip
         """Inject; the function keeps every bit."""
-        before = matrix_numbers(model)
+        before = step_work(model)
         added: list[nn.Parameter] = []
         for path, (module, width) in _targets(model).items():
             base = module.bare() if isinstance(module, Compensated) else module
@@ -65,7 +65,11 @@ def _targets(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     found: dict[str, tuple[nn.Module, int]] = {
         path: (pair, len(pair.compensation)) for path, pair in compensated_layers(model).items()
     }
+    # Between the two layers of a pair an identity would see inputs of the size of W~, and have their curvature.
+    inside = {first for first, _ in consecutive(model)}
     for path, module in linear_modules(model).items():
+        if path in inside:
+            continue
         rows, columns = matrix_of(module).shape
         if rows <= _WIDEST * columns:
             found[path] = module, rows

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from specdef.attacks.attack import Attack, Prepared
+from specdef.attacks.partial.cost import relative_cost, step_work
 from specdef.attacks.structural.edits import (
     CONVOLUTIONS,
     bias_of,
@@ -16,9 +17,7 @@ from specdef.attacks.structural.edits import (
     expand_inserted,
     is_linear,
     is_transposed,
-    matrix_numbers,
     matrix_of,
-    relative_cost,
     replace_module,
 )
 from specdef.attacks.task import Task
@@ -46,7 +45,7 @@ class Merge(Attack):
         self, model: nn.Module, task: Task, *, original: nn.Module | None, generator: torch.Generator
     ) -> Prepared:  # fmt: skip
         """Merge; a model without inserted layers stays as it is."""
-        before = matrix_numbers(model)
+        before = step_work(model)
         merged = merge_inserted(model)
         groups = everything(model)
         return Prepared(

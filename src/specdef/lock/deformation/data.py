@@ -20,6 +20,7 @@ from specdef.lock.deformation.retain import (
     task_loss,
     to_device,
 )
+from specdef.lock.embeddings import input_embeddings
 
 HELD_OUT = 10
 """One of so many retain batches is held out where the caller names no held-out data."""
@@ -250,12 +251,7 @@ def _require_labels(model: nn.Module, batch: Batch, loss: Any, classes: int, num
 
 def _require_tokens(model: nn.Module, batch: Batch, where: str) -> None:
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    embedding = getattr(model, "get_input_embeddings", lambda: None)
-    try:
-        table = embedding()
-    except (AttributeError, NotImplementedError):  # transformers models without a table
-        return
-    size = getattr(table, "num_embeddings", None)
+    size = getattr(input_embeddings(model), "num_embeddings", None)
     if isinstance(ids, Tensor) and size is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:  # fmt: skip
         raise SpecDefError(
             f"{where} has the token {int(ids.max())}; the model knows 0..{size - 1}",
