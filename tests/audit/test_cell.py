@@ -93,6 +93,40 @@ def test_a_cell_without_a_control_that_learns_is_invalid_whatever_the_locked_sid
         assert len(found.advice) == len(found.flags)
 
 
+def test_one_seed_whose_control_fails_does_not_decide() -> None:
+    locked = [sweep(1.98, seed=s) for s in range(6)]
+    control = [*(sweep(1.0, seed=s) for s in range(5)), sweep(2.0, seed=5)]
+    found = cell(locked, control)
+    assert found.recovered == pytest.approx(0.02 / (5 / 6))
+    assert found.status == "held"
+    assert (
+        found.slowdown == 4.0 and found.slowdown_censored
+    )  # not the 1 of a control without a gain
+
+
+def test_losses_that_are_never_finite_are_no_trouble() -> None:
+    gone = SweepResult(runs=(run_at(1e-3, (math.inf,), status="diverged", steps=(0,)),), sweep=Sweep())  # fmt: skip
+    for control in ([gone, gone], [sweep(1.0), gone], [sweep(1.0), sweep(1.0), gone]):
+        assert cell([sweep(1.8)] * len(control), control).status == "invalid"
+    json.dumps(cell([gone, gone], CONTROL[:2]).to_dict(), allow_nan=False)
+
+
+def test_a_seed_that_diverged_everywhere_is_no_seed_that_held() -> None:
+    gone = SweepResult(runs=(run_at(1e-3, (2.0, math.inf), status="diverged"),), sweep=Sweep())
+    for locked in ([gone, sweep(1.98)], [sweep(1.98), gone]):
+        found = cell(locked, CONTROL[:2])
+        assert found.status == "invalid" and "diverged-everywhere" in found.flags
+    assert (
+        cell([gone, sweep(1.0), sweep(1.0)], CONTROL).status == "broken"
+    )  # it got in all the same
+
+
+def test_rates_of_an_attacks_own_may_be_close() -> None:
+    rates = (5e-5, 6e-5)
+    near = SweepResult(runs=tuple(run_at(r, (2.0, 1.9)) for r in rates), sweep=Sweep(rates=rates))
+    assert cell([near], CONTROL[:1]).status == "weakened"
+
+
 def test_a_sweep_that_diverged_everywhere_proves_nothing() -> None:
     gone = SweepResult(runs=(run_at(1e-3, (2.0, math.inf), status="diverged"),), sweep=Sweep())
     found = cell([gone], CONTROL[:1])
@@ -163,6 +197,17 @@ def test_what_was_not_measured_is_not_a_pass(status: Any) -> None:
     tier = tier_verdict(2, [made(status)])
     assert tier.status == "not tested" and tier.reason
     assert tier_verdict(4, [made(status)]).reason == "no attack was run"
+
+
+def test_a_tier_that_held_says_how_much_of_it_was_invalid() -> None:
+    tier = tier_verdict(2, [made("held", 0.05), made("invalid"), made("not applicable")])
+    assert (tier.status, tier.cells, tier.invalid) == ("held at this budget", 1, 1)
+
+
+def test_every_broken_tier_is_in_the_verdict() -> None:
+    cells = [made("broken", 0.9, 2), made("broken", 0.8, 3), made("broken", 0.7, 5)]
+    text = overall([tier_verdict(tier, cells) for tier in (2, 3, 5)])
+    assert text.startswith("Broken at tier 2 ") and text.endswith("Broken at tiers 3, 5 too.")
 
 
 def test_the_verdict_says_all_there_is() -> None:

@@ -95,6 +95,50 @@ def test_both_ends_and_the_best_are_found(landscape: Callable[[float], Fields]) 
     assert len(found) <= 0.75 * len(grid) + 4
 
 
+@pytest.mark.parametrize("shallow", [-3.4, -3.0, -2.6])
+@pytest.mark.parametrize("deep", [-10.5, -8.5, -6.4])
+def test_a_deep_window_between_two_decades_is_found_below_a_shallow_one(
+    shallow: float, deep: float
+) -> None:
+    def landscape(rate: float) -> Fields:
+        x = math.log10(rate)
+        if abs(x - shallow) < 0.5:
+            return level(0.9)
+        return level(0.3) if abs(x - deep) < 0.4 else GONE if x > deep else level(1.0)
+
+    found = search(landscape)
+    assert min(t.best for t in found.values()) == 0.3 and len(found) <= 16
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**20), workers=st.integers(1, 4), limit=st.sampled_from([3, 24, 10**6]))
+def test_a_search_ends_whatever_its_runs_do(seed: int, workers: int, limit: int) -> None:
+    dice = random.Random(seed)
+    low = 10 ** dice.uniform(-8, 0)
+    sweep = Sweep(
+        low=low, high=low * 10 ** dice.uniform(0, 4), around=dice.choice([None, None, 10 ** dice.uniform(-20, 3)]),
+        gain=dice.choice([None, 0.5, 0.0]), max_trials=limit,
+    )  # fmt: skip
+    done: list[Tried] = []
+    running: list[float] = []
+    while True:
+        pending = [Tried(rate=rate, running=True) for rate in running]
+        rate = next_rate([*done, *pending], sweep) if len(running) < workers else None
+        if rate is not None:
+            assert rate not in [t.rate for t in (*done, *pending)]
+            running.append(rate)
+        elif running:
+            ended = running.pop(dice.randrange(len(running)))
+            fields = {
+                "initial": dice.choice([1.0, 5.0]), "best": dice.uniform(0, 2), "last": dice.uniform(0, 9),
+                "diverged": dice.random() < 0.3, "still": dice.random() < 0.2, "share": dice.choice([0.25, 1.0]),
+            }  # fmt: skip
+            done.append(Tried(rate=ended, **fields))
+        else:
+            break
+    assert len(done) <= min(limit, 80)
+
+
 def test_it_refines_to_a_quarter_at_the_edge_of_stability() -> None:
     found = search(lambda rate: bowl(rate, centre=-1.0, edge=-2.6))  # the better the nearer
     best = min(found.values(), key=lambda t: t.best)

@@ -48,6 +48,16 @@ def test_a_run_that_blew_up_has_time_to_come_back() -> None:
     assert given_up_at(spike, [curve(0.05)]) is None  # while it falls so fast, it may yet arrive
 
 
+def test_a_loss_that_an_attacks_edits_raised_has_time_to_fall() -> None:
+    edited = {t: 0.2 + 18 * math.exp(-0.05 * t) for t in range(25, STEPS + 1, 25)}  # from 18
+    rival = {25: 1.0, 50: 0.5, 75: 0.4, 100: 0.3}
+    assert given_up_at(edited, []) is None and given_up_at(edited, [rival]) is None
+    stuck = dict.fromkeys(range(25, STEPS + 1, 25), 18.0)
+    assert given_up_at(stuck, []) == 50
+    behind = {25: 3.9, 50: 3.8, 75: 3.7, 100: 3.6}
+    assert given_up_at(behind, [rival]) == 50
+
+
 def test_a_run_on_a_plateau_is_given_up() -> None:
     flat = {5: 1.9} | dict.fromkeys(range(10, STEPS + 1, 5), 1.8)
     assert given_up_at(flat, [curve(0.05)]) == 20

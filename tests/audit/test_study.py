@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from tests import audit_toys as toys
 
 from specdef.attacks.run import Run
 from specdef.audit.grid import Sweep
-from specdef.audit.sampler import PARAMETER
+from specdef.audit.sampler import PARAMETER, RETRIES
 from specdef.audit.storage import drop_unfinished_line, open_storage, silent_optuna
 from specdef.audit.study import json_safe, run_from_json, run_study
 from specdef.audit.workers import Watchman
@@ -158,6 +159,14 @@ def test_two_workers_share_a_file_and_one_is_killed(shared: tuple[Path, Path]) -
     check_shared(storage, log, killed=1)
 
 
+def test_many_workers_end_together(shared: tuple[Path, Path]) -> None:
+    storage, log = shared
+    workers = [start(storage, log, 0.1) for _ in range(4)]
+    assert [worker.wait(60) for worker in workers] == [0] * 4
+    check_shared(storage, log, killed=0)
+    assert len([t for t in trials(storage) if PARAMETER not in t.params]) <= 12
+
+
 def test_a_killed_study_is_resumed_and_loses_the_running_trial_alone(
     shared: tuple[Path, Path],
 ) -> None:
@@ -208,6 +217,47 @@ def test_a_rate_that_kills_its_workers_is_given_up() -> None:
     assert found.lost >= 4 and max(r.setting.learning_rate for r in found.runs) < 0.5e-3
 
 
+def test_a_run_that_was_stopped_by_hand_says_nothing_of_its_rate() -> None:
+    storage = open_storage(None)
+
+    def stopped(rate: float, watch: Callable[[int, float], None]) -> Run:
+        raise KeyboardInterrupt
+
+    for _ in range(RETRIES + 1):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(storage, "study", toys.SWEEP, stopped, start=1.0, initial=1.0, steps=4)
+    assert written(alone(storage)) == written(alone())
+
+
+def test_a_disk_that_is_full_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage(tmp_path / "audit.log")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(rate: float, watch: Callable[[int, float], None]) -> Run:
+        monkeypatch.setattr("optuna.storages.journal.JournalFileBackend.append_logs", full)
+        return toys.bowl_run(rate, watch)
+
+    with pytest.raises(OSError, match="No space left"):
+        run_study(storage, "study", toys.SWEEP, fill, start=1.0, initial=1.0, steps=4)
+    monkeypatch.undo()
+    assert written(alone(tmp_path / "audit.log")) == written(alone())
+
+
+def test_a_file_system_that_knows_no_locks_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("specdef.audit.storage.fcntl.flock", refuse)
+    with pytest.raises(OSError, match="No locks available"):
+        alone(tmp_path / "audit.log")
+
+
 @pytest.mark.parametrize(
     ("storage", "message"),
     [("nonsense://x", "address"), ("/dev/null/x", "cannot be used")],
@@ -226,15 +276,21 @@ def test_a_file_that_is_something_else_is_refused(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def binaries() -> Path | None:
+    """Return the folder of PostgreSQL's programs; Debian's package puts it on no path."""
+    found = shutil.which("pg_ctl")
+    places = [Path(found).resolve()] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))  # fmt: skip
+    return places[-1].parent if places else None
+
+
 @contextmanager
 def database() -> Iterator[str]:
     """Start a PostgreSQL server of its own that listens on a socket alone; it refuses to run as root."""
     account = {"user": "nobody"} if os.getuid() == 0 else {}
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
-    binaries = Path(shutil.which("pg_ctl") or "").resolve().parent
 
     def call(*command: str) -> None:
-        path = {"PATH": f"{binaries}:{os.environ['PATH']}", "LC_ALL": "C"}
+        path = {"PATH": f"{binaries()}:{os.environ['PATH']}", "LC_ALL": "C"}
         subprocess.run(
             command,
             check=True,
@@ -258,7 +314,7 @@ def database() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(not shutil.which("pg_ctl"), reason="PostgreSQL is not installed")
+@pytest.mark.skipif(binaries() is None, reason="PostgreSQL is not installed")
 def test_two_workers_share_a_database_and_one_is_killed(tmp_path: Path) -> None:
     pytest.importorskip("psycopg")
     with database() as url:

@@ -9,17 +9,18 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from typing import get_args
 
 from torch import nn
 
 from specdef.attacks.attack import Attack
-from specdef.attacks.task import Budget, Task
+from specdef.attacks.task import Budget, Precision, Task
 from specdef.audit.baseline import Baseline, measure_baseline
 from specdef.audit.cell import Cell, Reference, learns, make_cell
 from specdef.audit.report import AuditReport, Curve
 from specdef.audit.storage import open_storage
 from specdef.audit.study import SweepResult
-from specdef.audit.suite import Entry, entries, find_suite
+from specdef.audit.suite import Entry, entries, find_suite, with_key
 from specdef.audit.sweeps import Progress, Sweeps
 from specdef.audit.verdict import TIERS, overall, tier_verdict
 from specdef.errors import SpecDefError
@@ -35,6 +36,8 @@ def audit(
     budget: Budget | None = None,
     seeds: int | None = None,
     suite: str = "2026.1",
+    dtype: Precision = "float32",
+    key: str | Path | None = None,
     storage: str | Path | None = None,
     stop_when_broken: bool = True,
     progress: Callable[[Progress], None] | None = None,
@@ -49,11 +52,13 @@ def audit(
         locked: The locked model; never changed.
         original: The same model without the lock.
         task: What the attacker wants, and the data it is judged on.
-        attacks: Attacks, or their names, instead of the suite's.
+        attacks: Attacks, or their names, instead of the suite's; named ones keep the suite's recipes.
         tiers: Threat tiers to test.
         budget: What a run may cost; None takes the suite's.
         seeds: Seeds per side; None takes the suite's.
         suite: Name of the suite.
+        dtype: Precision both sides train in, but for recipes that name their own.
+        key: File of the lock's key, for the attack known-scale, which is then run too.
         storage: File or address of a database that keeps the studies; None keeps them in memory.
         stop_when_broken: Skip what is left of a tier that is broken.
         progress: Told after every run.
@@ -62,8 +67,8 @@ def audit(
         The report.
 
     Raises:
-        SpecDefError: There is no such attack or suite, or the data does not fit the models.
-        ValueError: No seed, or a tier outside 1..6.
+        SpecDefError: There is no such attack or suite, the data does not fit the models, or the key cannot be read.
+        ValueError: No seed, a tier outside 1..6, or an unknown dtype.
     """
     began = time.perf_counter()
     recipe = find_suite(suite)
@@ -73,13 +78,17 @@ def audit(
     count = recipe.seeds if seeds is None else seeds
     if count < 1:
         raise ValueError(f"seeds must be at least 1, got {count}.")
-    chosen = None if attacks is None else list(attacks)
+    if dtype not in get_args(Precision):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Precision))}, got {dtype!r}.")
+    chosen: Sequence[str | Attack] | None = None if attacks is None else list(attacks)
+    if key is not None:
+        chosen = with_key(recipe, chosen, key)
     plan = entries(recipe, chosen, wanted)
     baseline = measure_baseline(locked, original, task)
     cost = budget or recipe.budget
     sweeps = Sweeps(
         locked, original, task, budget=cost, seeds=count, storage=open_storage(storage), baseline=baseline,
-        max_trials=recipe.max_trials, whole=recipe.whole_sweeps, progress=progress,
+        dtype=dtype, max_trials=recipe.max_trials, whole=recipe.whole_sweeps, refine=recipe.refine, progress=progress,
     )  # fmt: skip
     sweeps.cells = len(plan)
     curves: list[Curve] = []
@@ -105,7 +114,7 @@ def audit(
     verdicts = tuple(tier_verdict(tier, cells) for tier in wanted)
     return AuditReport(
         suite=recipe.name if chosen is None else f"{recipe.name}, own selection", task=task.name, budget=cost,
-        seeds=count, verdict=overall(verdicts, useless=baseline.useless), tiers=verdicts, cells=tuple(cells),
+        seeds=count, dtype=dtype, verdict=overall(verdicts, useless=baseline.useless), tiers=verdicts, cells=tuple(cells),
         curves=tuple(curves), not_tested=_not_tested(cells, wanted, scratch), start=_start(baseline),
         useless=baseline.useless, versions=_versions(), seconds=time.perf_counter() - began,
     )  # fmt: skip
@@ -117,6 +126,13 @@ def _fill(
     why = entry.attack.applies(locked)
     if why:
         return _unrun(entry, "not applicable", why), []
+    try:
+        return _swept(entry, sweeps, reference)
+    except SpecDefError as error:
+        return _unrun(entry, "not applicable", str(error)), []
+
+
+def _swept(entry: Entry, sweeps: Sweeps, reference: Reference) -> tuple[Cell, list[Curve]]:
     control = sweeps.control(entry)
     rates: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
@@ -128,10 +144,7 @@ def _fill(
     ran: Sequence[SweepResult] = []
     if learns(control, reference.start):
         gain = reference.start - fmean(sweep.best.best for sweep in control)
-        try:
-            ran = sweeps.locked(entry, gain, rates=rates)
-        except SpecDefError as error:
-            return _unrun(entry, "not applicable", str(error)), []
+        ran = sweeps.locked(entry, gain, rates=rates)
     cell = make_cell(entry.name, entry.tier, entry.optimizer, ran, control, reference)
     curves = [_curve(entry.name, entry.optimizer, "control", control)]
     if ran:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 PER_DECADE = 4
@@ -87,6 +88,7 @@ class Sweep:
         gain: Gain of the control: what moves less than `NOTHING` of it moves nothing. None measures against the best of
             the sweep itself.
         max_trials: Runs at most.
+        refine: Half and quarter decades around the best; otherwise whole decades alone.
     """
 
     low: float = 1e-5
@@ -95,6 +97,7 @@ class Sweep:
     around: float | None = None
     gain: float | None = None
     max_trials: int = 100
+    refine: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high:
@@ -149,7 +152,7 @@ def next_rate(trials: Sequence[Tried], sweep: Sweep) -> float | None:
         index = _climb(tried, kinds, index_of(sweep.around))
     else:
         index, open_end = _walk(kinds, sweep)
-        if index is None and not open_end:
+        if index is None and not open_end and sweep.refine:
             index = _refine(tried, kinds)
     return None if index is None else rate_at(index)
 
@@ -234,7 +237,12 @@ def _refine(tried: Mapping[int, Tried], kinds: Mapping[int, Outcome]) -> int | N
             return best + side * half
     if any(kinds.get(best + step) == "running" for step in range(-half, half + 1)):
         return None  # its results decide which side is the better one
-    above = sorted(k for k in kinds if k > best)
+    ordered = sorted(kinds)
+    for below, over in pairwise(ordered):
+        stops = kinds[over] == "diverged" and kinds[below] in ("moved", "nothing")
+        if over < best and stops and over - below > half:
+            return (below + over) // 2  # the edge of another window of rates, below this one
+    above = [k for k in ordered if k > best]
     edge = next((k for k in above if kinds[k] == "diverged"), None)
     if edge is not None:
         stable = max(k for k in kinds if k < edge)

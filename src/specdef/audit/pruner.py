@@ -40,7 +40,8 @@ def hopeless(
         losses: Loss after each measured step, the last one now.
         best: The same of the finished runs of the sweep.
         start: Loss the gain counts from.
-        initial: Loss before the first step, or a bound above it.
+        initial: Loss before the first step, or a bound above it. An attack's own edits may have raised it: a first loss above
+            it tells nothing, the next ones are held against that.
         steps: Steps of a whole run.
 
     Returns:
@@ -51,9 +52,11 @@ def hopeless(
         return False  # nothing is left to be saved
     loss = losses[now]
     before = [s for s in losses if s < now]
-    previous = losses[max(before)] if before else initial
     if not math.isfinite(loss):
         return True
+    if not before and loss > initial:
+        return False
+    previous = losses[max(before)] if before else initial
     if loss > blown(initial):
         return now >= GRACE * steps and loss >= previous
     rivals = [b for b in best if now in b and max(b) >= steps]
@@ -63,7 +66,9 @@ def hopeless(
     goal = min(rival.values())
     if start - goal <= 0 or rival[now] >= loss:
         return False
-    points = [(0, initial), *sorted(losses.items())]
+    points = sorted(losses.items())
+    if points[0][1] <= initial:
+        points.insert(0, (0, initial))
     slope = max((a[1] - b[1]) / (b[0] - a[0]) for a, b in pairwise(points) if b[0] > now / 2)
     reach = min(loss, initial) - FASTER * max(slope, 0.0) * (steps - now)
     return reach > goal + MARGIN * (start - goal)

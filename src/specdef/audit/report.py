@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from specdef.attacks.task import Budget
+from specdef.attacks.task import Budget, Precision
 from specdef.audit.cell import Cell
 from specdef.audit.study import SweepResult, json_safe
 from specdef.audit.verdict import Tier
@@ -48,6 +48,7 @@ class AuditReport:
         task: Name of the task.
         budget: What a run may cost.
         seeds: Seeds per side.
+        dtype: Precision both sides trained in, but for recipes that name their own.
         verdict: One line.
         tiers: The verdict tier by tier.
         cells: Every attack with every optimiser.
@@ -63,6 +64,7 @@ class AuditReport:
     task: str
     budget: Budget
     seeds: int
+    dtype: Precision
     verdict: str
     tiers: tuple[Tier, ...]
     cells: tuple[Cell, ...]
@@ -82,6 +84,7 @@ class AuditReport:
         """Return everything as JSON values."""
         return {
             "suite": self.suite, "task": self.task, "budget": asdict(self.budget), "seeds": self.seeds,
+            "dtype": self.dtype,
             "verdict": self.verdict, "tiers": [tier.to_dict() for tier in self.tiers],
             "cells": [cell.to_dict() for cell in self.cells],
             "curves": [curve.to_dict() for curve in self.curves], "not_tested": list(self.not_tested),

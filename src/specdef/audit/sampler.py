@@ -21,6 +21,9 @@ RANGE = FloatDistribution(1e-40, 1e10, log=True)
 RETRIES = 2
 """A rate whose worker died so often is not tried again: it may be what kills the workers."""
 
+INTERRUPTED = "interrupted"
+"""Mark of a trial that was ended by hand: that says nothing of its rate."""
+
 POLL_SECONDS = 0.05
 
 
@@ -121,8 +124,8 @@ class LearningRateSampler(BaseSampler):
 
 
 def finished(trials: Sequence[FrozenTrial]) -> bool:
-    """Tell whether no trial is running."""
-    return not any(t.state is TrialState.RUNNING for t in trials)
+    """Tell whether no rate is being run. Trials that wait for one do not count: workers would wait for each other's for ever."""
+    return not any(t.state is TrialState.RUNNING and PARAMETER in t.params for t in trials)
 
 
 def tried(trials: Sequence[FrozenTrial], own: FrozenTrial | None = None) -> list[Tried]:
@@ -137,7 +140,9 @@ def tried(trials: Sequence[FrozenTrial], own: FrozenTrial | None = None) -> list
     """
     found: list[Tried] = []
     lost = Counter(
-        t.params[PARAMETER] for t in trials if t.state is TrialState.FAIL and PARAMETER in t.params
+        t.params[PARAMETER]
+        for t in trials
+        if t.state is TrialState.FAIL and PARAMETER in t.params and INTERRUPTED not in t.user_attrs
     )
     for t in trials:
         if PARAMETER not in t.params or t.state is TrialState.FAIL:

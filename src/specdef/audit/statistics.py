@@ -7,11 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093,
-)  # fmt: skip
-"""97.5 % points of Student's t with 1, 2, … degrees of freedom; 1.96 beyond is 5 % too small at most."""
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -21,17 +17,38 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
         values: One per seed, at least one.
 
     Returns:
-        (mean, low, high); low and high are nan for a single value.
+        (mean, low, high); low and high are nan for a single value, and where a value is not finite.
 
     >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0])]
     [2.0, -0.48, 4.48]
     """
     mean = fmean(values)
     n = len(values)
-    if n < 2:
+    if n < 2 or not math.isfinite(mean):
         return mean, math.nan, math.nan
-    half = (_T[n - 2] if n - 2 < len(_T) else 1.96) * stdev(values) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * stdev(values) / math.sqrt(n)
     return mean, mean - half, mean + half
+
+
+def ratio_interval(tops: Sequence[float], bottoms: Sequence[float]) -> tuple[float, float, float]:
+    """Return a ratio of means and its 95 % interval, by Student's t on what the ratio leaves of each pair.
+
+    Differs from a mean of ratios in that one small denominator does not decide.
+
+    Args:
+        tops: One per seed.
+        bottoms: The same; their mean must not be 0.
+
+    Returns:
+        (ratio, low, high); low and high are nan for a single pair.
+
+    >>> [round(x, 2) for x in ratio_interval([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])]
+    [1.0, -0.24, 2.24]
+    """
+    mean = fmean(bottoms)
+    ratio = fmean(tops) / mean
+    left = [ratio + (t - ratio * b) / mean for t, b in zip(tops, bottoms, strict=True)]
+    return ratio, *mean_interval(left)[1:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +72,7 @@ def median_time(times: Sequence[Censored]) -> Censored:
     """Return the median by Kaplan and Meier's estimate of the survival function.
 
     Args:
-        times: One per seed; censored ones had not arrived yet at their value.
+        times: One per seed, at least one; censored ones had not arrived yet at their value.
 
     Returns:
         The earliest time by which half have arrived; a bound, the largest time seen, if that is not known.

@@ -14,6 +14,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from specdef.errors import SpecDefError
 
+FAILURES = (OSError, optuna.exceptions.StorageInternalError)
+"""What an audit stops with when its storage fails it."""
+
 try:
     import fcntl
 except ImportError:  # no POSIX
@@ -42,16 +45,20 @@ class KernelLock:
             True.
         """
         handle = self._path.with_name(f"{self._path.name}.lock").open("ab")
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            drop_unfinished_line(self._path)
+        except BaseException:  # Ctrl-C while waiting among them
+            handle.close()
+            raise
         self._held = handle
-        drop_unfinished_line(self._path)
         return True
 
     def release(self) -> None:
         """Let go."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        held, self._held = self._held, None  # whoever waits may have it as soon as it is closed
+        if held is not None:
+            held.close()
 
 
 def drop_unfinished_line(path: Path) -> None:

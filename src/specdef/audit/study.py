@@ -15,8 +15,15 @@ from optuna.trial import TrialState
 from specdef.attacks.run import Pruned, Run
 from specdef.audit.grid import Sweep, next_rate
 from specdef.audit.pruner import SweepPruner, blown
-from specdef.audit.sampler import PARAMETER, RANGE, LearningRateSampler, finished, tried
-from specdef.audit.storage import open_storage, silent_optuna
+from specdef.audit.sampler import (
+    INTERRUPTED,
+    PARAMETER,
+    RANGE,
+    LearningRateSampler,
+    finished,
+    tried,
+)
+from specdef.audit.storage import FAILURES, open_storage, silent_optuna
 from specdef.audit.workers import Watchman, claim
 
 SWAMPED = 0.99
@@ -88,14 +95,21 @@ def run_study(
     watchman = watchman or Watchman()
     storage = storage if isinstance(storage, BaseStorage) else open_storage(storage)
     disowned = False
+    failure: Exception | None = None
 
     def objective(trial: optuna.Trial) -> float:
-        nonlocal disowned
+        nonlocal disowned, failure
         try:
             with claim(trial):
                 return _trial(trial, execute, start=start, steps=steps, still=still, prune=prune)
         except optuna.exceptions.UpdateFinishedTrialError:
             disowned = True
+            raise
+        except FAILURES as error:
+            failure = error
+            raise
+        except KeyboardInterrupt:
+            trial.set_user_attr(INTERRUPTED, True)
             raise
 
     with silent_optuna():
@@ -108,9 +122,12 @@ def run_study(
             disowned = False
             try:
                 study.optimize(objective)
-            except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            except Exception as error:
+                if failure is not None:  # Optuna stumbles over what it cannot write down
+                    raise failure from None
                 # Another worker took this one for dead and runs its rate again: the result is dropped.
-                if not disowned:
+                known = isinstance(error, ValueError | optuna.exceptions.UpdateFinishedTrialError)
+                if not (disowned and known):
                     raise
         trials = study.get_trials(deepcopy=False)
     found = [

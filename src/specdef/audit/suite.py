@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +31,7 @@ class Suite:
         seeds: Seeds per side.
         max_trials: Runs per sweep at most.
         whole_sweeps: Every seed searches for both ends; otherwise the first does, and the others search around its best.
+        refine: Sweeps go to half and quarter decades around the best; otherwise they stay with whole decades.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Suite:
     seeds: int = 3
     max_trials: int = 60
     whole_sweeps: bool = False
+    refine: bool = True
 
 
 _VARIANTS: tuple[tuple[str, str, Changes], ...] = (
@@ -53,15 +56,15 @@ _VARIANTS: tuple[tuple[str, str, Changes], ...] = (
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
-        # Enough to find what falls to the simplest attack of each tier: the ways in that cost next to nothing, and one
-        # representative of every other tier.
+        # Minutes: what falls to the simplest attack of each tier, the ways in that cost next to nothing and one representative
+        # of every other tier, at whole decades of the rate. A lock it does not break may still fall to finer rates.
         Suite(
             name="2026.1-quick",
             attacks=(
-                "recipe", "full-adamw", "full-momentum", "lora", "only-head", "full-muon", "merge", "freeze-inserted",
+                "recipe", "full-adamw", "full-momentum", "lora", "only-head", "full-sophia", "merge", "freeze-inserted",
                 "rebalance",
             ),
-            budget=Budget(steps=8, evaluations=4), seeds=1, max_trials=24,
+            budget=Budget(steps=6, evaluations=3), seeds=1, max_trials=24, refine=False,
         ),
         Suite(name="2026.1", variants=_VARIANTS[:1], budget=Budget(steps=20, evaluations=10)),
         Suite(
@@ -115,7 +118,7 @@ def entries(
 
     Args:
         suite: The suite.
-        attacks: Attacks, or their names in the registry, instead of the suite's.
+        attacks: Attacks, or their names in the registry, instead of the suite's. Those of the registry keep the suite's recipes.
         tiers: Tiers to keep.
 
     Returns:
@@ -133,12 +136,35 @@ def entries(
         for attack in chosen
         for optimizer in attack.optimizers
     ]
-    if attacks is None:
-        by_name = {attack.name: attack for attack in chosen}
-        listed += [
-            Entry(attack=by_name[n], optimizer=optimizer, tier=by_name[n].tier, name=f"{n}, {recipe}", changes=changes)
-            for n, recipe, changes in suite.variants
-            if n in by_name
-            for optimizer in by_name[n].optimizers
-        ]  # fmt: skip
+    usual = {attack.name: attack for attack in chosen if ATTACKS.get(attack.name) is attack}
+    listed += [
+        Entry(attack=usual[n], optimizer=optimizer, tier=usual[n].tier, name=f"{n}, {recipe}", changes=changes)
+        for n, recipe, changes in suite.variants
+        if n in usual
+        for optimizer in usual[n].optimizers
+    ]  # fmt: skip
     return sorted((entry for entry in listed if entry.tier in wanted), key=lambda e: e.tier)
+
+
+def with_key(suite: Suite, attacks: Iterable[str | Attack] | None, key: str | Path) -> list[Attack]:
+    """Run the attack that needs a lock's key with it.
+
+    Args:
+        suite: The suite.
+        attacks: Attacks, or their names, instead of the suite's.
+        key: The key's file.
+
+    Returns:
+        The attacks; known-scale, with the key, is the last.
+
+    Raises:
+        SpecDefError: The key cannot be read.
+    """
+    from specdef.attacks.registry import ATTACKS, find
+    from specdef.attacks.structural.known_scale import KnownScale
+    from specdef.lock.key import load_key
+
+    known = KnownScale(load_key(key))
+    chosen = (suite.attacks or ATTACKS) if attacks is None else attacks
+    found = [a if isinstance(a, Attack) else find([a])[0] for a in chosen]
+    return [*(a for a in found if a.name != known.name), known]

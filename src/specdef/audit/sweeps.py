@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from optuna.storages import BaseStorage
@@ -16,7 +16,7 @@ from specdef.attacks.full import FullTraining
 from specdef.attacks.optimizers import OPTIMIZERS
 from specdef.attacks.registry import REFERENCE
 from specdef.attacks.run import Run
-from specdef.attacks.task import Budget, Setting, Task
+from specdef.attacks.task import Budget, Precision, Setting, Task
 from specdef.attacks.trial import has_running_statistics
 from specdef.audit.baseline import Baseline
 from specdef.audit.fingerprint import model_digest, prepared_digest, study_digest, task_digest
@@ -64,8 +64,10 @@ class Sweeps:
         seeds: Seeds per side.
         storage: Where studies are kept.
         baseline: Says what gains count from.
+        dtype: Precision of the runs whose recipe names none.
         max_trials: Runs per sweep at most.
         whole: Every seed searches for both ends.
+        refine: Sweeps refine around the best.
         progress: Told after every run.
     """
 
@@ -79,17 +81,21 @@ class Sweeps:
         seeds: int,
         storage: BaseStorage,
         baseline: Baseline,
+        dtype: Precision,
         max_trials: int,
         whole: bool,
+        refine: bool,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._locked, self._original, self._task = locked, original, task
         self._budget, self._seeds, self._storage = budget, seeds, storage
-        self._start, self._max_trials, self._whole = baseline.start, max_trials, whole
+        self._start, self._max_trials = baseline.start, max_trials
+        self._whole, self._refine = whole, refine
         self._initial = max(
             x for x in (baseline.start, baseline.original, baseline.locked) if math.isfinite(x)
         )
         self._progress = progress
+        self._dtype: Precision = dtype
         self._done: dict[str, SweepResult] = {}
         self._common = (model_digest(original), task_digest(task), asdict(budget))
         self._locked_digest = model_digest(locked)
@@ -151,7 +157,7 @@ class Sweeps:
             around = None
             if found and not self._whole and not rates:
                 around = found[0].best.setting.learning_rate
-            sweep = Sweep(low=low, high=high, rates=rates, around=around, gain=gain, max_trials=self._max_trials)  # fmt: skip
+            sweep = Sweep(low=low, high=high, rates=rates, around=around, gain=gain, max_trials=self._max_trials, refine=self._refine)  # fmt: skip
             found.append(self._sweep(attack, entry, side, model, digest, sweep, seed))
             if side == "control" and not found[0].best.best < self._start:
                 break
@@ -161,14 +167,17 @@ class Sweeps:
         self, attack: Attack, entry: Entry, side: str, model: nn.Module, digest: str, sweep: Sweep, seed: int
     ) -> SweepResult:  # fmt: skip
         label = "" if side == "control" else entry.name
+        recipe = {"dtype": self._dtype, **entry.changes}
+        # Start and gain follow from the rest, but for last digits, in which machines differ that share a study.
+        settled = replace(sweep, gain=None)
         name = "/".join(
             ("specdef", side, *([label] if label else []), entry.optimizer, f"seed{seed}",
-             study_digest(*self._common, digest, sorted(entry.changes.items()), self._start, sweep))
+             study_digest(*self._common, digest, sorted(recipe.items()), settled))
         )  # fmt: skip
         if name not in self._done:
 
             def execute(rate: float, watch: Callable[[int, float], None]) -> Run:
-                setting = Setting(optimizer=entry.optimizer, learning_rate=rate, **entry.changes)
+                setting = Setting(optimizer=entry.optimizer, learning_rate=rate, **recipe)
                 run = attack(
                     model, self._task, setting, self._budget, seed=seed, original=self._original, watch=watch
                 )  # fmt: skip
@@ -176,7 +185,7 @@ class Sweeps:
                 return run
 
             def idle() -> Run:
-                setting = Setting(optimizer=entry.optimizer, **entry.changes)
+                setting = Setting(optimizer=entry.optimizer, **recipe)
                 return attack(model, self._task, setting, self._budget, seed=seed, original=self._original, idle=True)  # fmt: skip
 
             self._done[name] = run_study(

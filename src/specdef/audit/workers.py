@@ -67,6 +67,8 @@ def claim(trial: optuna.Trial) -> Iterator[None]:
                 trial.set_user_attr("beat", time.time())
             except optuna.exceptions.UpdateFinishedTrialError:  # given up on by another worker
                 return
+            except Exception:
+                continue  # a full disk, or a database that is gone for a while: the run itself will tell
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

@@ -26,10 +26,7 @@ from specdef.cli.common import (
 from specdef.errors import CheckpointError, SpecDefError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from specdef.attacks.task import Budget, Task
-    from specdef.cli.retain_data import RetainData
+    from specdef.attacks.task import Budget
 
 STUDY = "audit.journal"
 """Where the runs of an audit are kept, in its folder."""
@@ -58,10 +55,12 @@ def audit(
     evaluations: options.Evaluations = None,
     seconds: options.Seconds = None,
     seeds: options.Seeds = None,
+    dtype: options.Precision = options.Dtype.float32,
     key: options.Key = None,
     keep_going: options.KeepGoing = False,
     out: options.Out = None,
     resume: options.Resume = False,
+    workers: options.Workers = 1,
     storage: options.Storage = None,
     report: options.Report = None,
     list_attacks: options.ListAttacks = False,
@@ -89,6 +88,7 @@ def audit(
         return
     if locked is None or original is None or data is None:
         raise ValueError("an audit needs LOCKED, --original MODEL and --data DATA.")
+    from specdef.audit.suite import entries
     from specdef.cli.audit_plan import (
         choose_attacks,
         choose_suite,
@@ -96,14 +96,18 @@ def audit(
         plan_audit,
         say_dry_run,
     )
+    from specdef.cli.audit_workers import further_workers, load_audited
     from specdef.cli.retain_data import RetainData
 
     wanted = parse_tiers(tiers)
     recipe = choose_suite(suite, size.value if size else None)
     attacks = choose_attacks(recipe, parse_list(only), parse_list(optimizers), key)
+    if not entries(recipe, attacks, wanted):
+        raise SpecDefError("no attack is left: those chosen are of other tiers", hint=f"Leave --tiers {tiers} out.")  # fmt: skip
     budget = _budget(recipe.budget, steps, evaluations, seconds)
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {seeds}.")
+    for name, number in (("seeds", seeds), ("workers", workers)):
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}.")
     if retain is not None and retain == data:
         raise ValueError("--retain names the very data that is learned; give data of the model's own task.")  # fmt: skip
     drawn = RetainData(
@@ -114,9 +118,10 @@ def audit(
     place = out or Path(f"{folder.resolve().name}.audit")
     if not (resume or dry_run):
         _refuse_used(place)
-    victim, twin, goal = _load(folder, source, drawn, retain, device=device)
+    models = (folder, source, drawn, retain, device)
+    victim, twin, goal = load_audited(*models)
     if dry_run:
-        values = plan_audit(victim, goal, recipe, attacks, tiers=wanted, budget=budget, seeds=seeds or recipe.seeds)  # fmt: skip
+        values = plan_audit(victim, goal, recipe, attacks, tiers=wanted, budget=budget, seeds=seeds or recipe.seeds, dtype=dtype.value)  # fmt: skip
         values = {"locked": locked, "original": original, "data": data, **values}
         if json:
             print_json(values)
@@ -124,20 +129,27 @@ def audit(
         return
     from specdef.audit.audit import audit as run_audit
     from specdef.audit.render.pages import write_pages
+    from specdef.audit.storage import FAILURES
     from specdef.cli.audit_progress import audit_view
     from specdef.cli.lock_deformation import Interrupted
 
+    settings: dict[str, Any] = {
+        "attacks": attacks, "tiers": wanted, "budget": budget, "seeds": seeds, "suite": recipe.name, "dtype": dtype.value,
+        "storage": storage or place / STUDY, "stop_when_broken": not keep_going,
+    }  # fmt: skip
     try:
-        with audit_view() as progress:
-            found = run_audit(
-                victim, twin, goal, attacks=attacks, tiers=wanted, budget=budget, seeds=seeds, suite=recipe.name,
-                storage=storage or place / STUDY, stop_when_broken=not keep_going, progress=progress,
-            )  # fmt: skip
+        with further_workers(workers, models, settings), audit_view() as progress:
+            found = run_audit(victim, twin, goal, progress=progress, **settings)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted; the runs so far are in {'the database' if storage else place / STUDY}",
+            f"interrupted; the runs so far are in {_kept(storage, place)}",
             hint="Go on with the same command and --resume.",
         ) from None
+    except FAILURES as error:
+        raise SpecDefError(
+            f"{_kept(storage, place)} cannot be read or written: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            hint="See to its disk or server, then go on with the same command and --resume.",
+        ) from error
     values = found.to_dict() | {"about": _about(given)}
     files = write_pages(place, values)
     if json:
@@ -170,6 +182,13 @@ def _budget(usual: Budget, steps: int | None, evaluations: int | None, seconds: 
     return replace(usual, **{n: v for n, v in changes.items() if v is not None})  # type: ignore[arg-type]
 
 
+def _kept(storage: str | None, folder: Path) -> str:
+    """Name where the runs are kept; an address of a database may hold a password."""
+    if storage is None:
+        return str(folder / STUDY)
+    return "the database" if "://" in storage else storage
+
+
 def _refuse_used(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise CheckpointError(
@@ -177,31 +196,6 @@ def _refuse_used(folder: Path) -> None:
         )  # fmt: skip
     if folder.exists() and not folder.is_dir():
         raise CheckpointError("is no folder", path=folder, hint="Choose another --out.")
-
-
-def _load(
-    folder: Path, source: Path, drawn: RetainData, retain: str | None, *, device: str
-) -> tuple[nn.Module, nn.Module, Task]:
-    """Return the locked model, the original, and the attacker's task."""
-    from specdef.attacks.task import Task
-    from specdef.cli.task_model import load_task_model
-    from specdef.data.batches import load_batches
-
-    twin = load_task_model(source, task=drawn.task, device=device)
-    train, held = drawn.training(twin)
-    kept = []
-    if retain is not None:
-        kept = load_batches(
-            retain, twin.model.config, twin.processor, task=twin.task, batch_size=drawn.batch_size,
-            num_batches=drawn.eval_batches, length=drawn.length, seed=drawn.seed,
-        )  # fmt: skip
-    victim = load_task_model(folder, original=source, task=drawn.task, device=device)
-    if victim.task != twin.task:
-        raise SpecDefError(
-            f"the locked model is for {victim.task}, the original for {twin.task}", hint="Give the model that was locked."
-        )  # fmt: skip
-    name = f"{Path(drawn.retain).name} ({twin.task})"
-    return victim.model, twin.model, Task(name=name, train=train, heldout=held, retain=kept)
 
 
 def _about(given: Mapping[str, Any]) -> dict[str, str]:

@@ -18,6 +18,14 @@ class Size(StrEnum):
     full = "full"
 
 
+class Dtype(StrEnum):
+    """Precision attacks train in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
 def _option(panel: str, *names: str, help: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
@@ -47,11 +55,13 @@ Steps = Annotated[int | None, _option(_SEARCH, "--steps", help="Optimiser steps 
 Evaluations = Annotated[int | None, _option(_SEARCH, "--evaluations", help="How often a run is judged [default: the suite's].")]
 Seconds = Annotated[float | None, _option(_SEARCH, "--seconds", help="Training time after which a run ends [default: no limit].")]
 Seeds = Annotated[int | None, _option(_SEARCH, "--seeds", help="Seeds per side [default: the suite's].")]
+Precision = Annotated[Dtype, _option(_SEARCH, "--dtype", help="Precision both sides train in; float64 rounds least.")]
 Key = Annotated[Path | None, _option(_SEARCH, "--key", help="The lock's key, for the attack known-scale.")]
 KeepGoing = Annotated[bool, _option(_SEARCH, "--keep-going", help="Run what is left of a tier that is broken already.")]
 
 Out = Annotated[Path | None, _option(_OUTPUT, "--out", help="Folder for audit.html, audit.md, audit.json and the study [default: NAME.audit].")]
 Resume = Annotated[bool, _option(_OUTPUT, "--resume", "--continue", help="Go on where an audit in --out was stopped.")]
+Workers = Annotated[int, _option(_OUTPUT, "--workers", help="Processes that share the work, each with its own models in memory.")]
 Storage = Annotated[str | None, _option(_OUTPUT, "--storage", help="Database that several machines share, like postgresql+psycopg://host/name [default: a file in --out].")]
 Report = Annotated[Path | None, _option(_OUTPUT, "--report", help="Write the pages of this audit.json again into --out; nothing is run.")]
 ListAttacks = Annotated[bool, _option(_OUTPUT, "--list", help="Show every attack, optimiser and suite; nothing is run.")]

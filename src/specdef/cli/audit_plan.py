@@ -14,9 +14,8 @@ from specdef.attacks.attack import Attack
 from specdef.attacks.full import RECIPE, FullTraining
 from specdef.attacks.optimizers import OPTIMIZERS
 from specdef.attacks.registry import ATTACKS, find
-from specdef.attacks.structural.known_scale import KnownScale
-from specdef.attacks.task import Budget, Setting, Task
-from specdef.audit.suite import SUITES, Entry, Suite, entries, find_suite
+from specdef.attacks.task import Budget, Precision, Setting, Task
+from specdef.audit.suite import SUITES, Entry, Suite, entries, find_suite, with_key
 from specdef.audit.verdict import TIERS
 from specdef.cli.common import say
 from specdef.cli.training_progress import duration
@@ -84,10 +83,7 @@ def choose_attacks(
         return None
     chosen = list(find(only or suite.attacks) if only or suite.attacks else ATTACKS.values())
     if key is not None:
-        from specdef.lock.key import load_key
-
-        known = KnownScale(load_key(key))
-        chosen = [*(a for a in chosen if a.name != known.name), known]
+        chosen = with_key(suite, chosen, key)
     if optimizers is not None:
         unknown = [name for name in optimizers if name not in OPTIMIZERS]
         if unknown or not optimizers:
@@ -156,6 +152,7 @@ def plan_audit(
     tiers: Sequence[int],
     budget: Budget,
     seeds: int,
+    dtype: Precision = "float32",
 ) -> dict[str, Any]:
     """Say what would be run, and what it would take.
 
@@ -167,12 +164,13 @@ def plan_audit(
         tiers: Tiers to run.
         budget: Of a run.
         seeds: Per side.
+        dtype: Precision both sides train in.
 
     Returns:
         `cells` (`attack, tier, optimizer, reason, runs, seconds`; `reason` says why an attack does not apply), `step_seconds`,
         `evaluation_seconds`, `seconds`.
     """
-    step, evaluation = _times(locked, task)
+    step, evaluation = _times(locked, task, dtype)
     evaluations = len(budget.evaluated_after) + 1
 
     def cost(runs: int, relative: float) -> float:
@@ -191,7 +189,7 @@ def plan_audit(
         })  # fmt: skip
     scratch = SEARCH["control"] + (seeds - 1) * AROUND
     return {
-        "dry_run": True, "suite": suite.name, "budget": asdict(budget), "seeds": seeds, "cells": cells, "step_seconds": step,
+        "dry_run": True, "suite": suite.name, "budget": asdict(budget), "seeds": seeds, "dtype": dtype, "cells": cells, "step_seconds": step,
         "evaluation_seconds": evaluation, "seconds": cost(scratch, 1.0) + sum(cell["seconds"] for cell in cells),
     }  # fmt: skip
 
@@ -220,9 +218,11 @@ def _runs(entry: Entry, suite: Suite, side: str, seeds: int) -> int:
     return first + (seeds - 1) * further
 
 
-def _times(model: nn.Module, task: Task) -> tuple[float, float]:
+def _times(model: nn.Module, task: Task, dtype: Precision) -> tuple[float, float]:
     """Return the seconds of a step and of an evaluation."""
     began = time.perf_counter()
-    run = RECIPE(model, task, Setting(learning_rate=1e-12), Budget(steps=2, evaluations=1))
+    run = RECIPE(
+        model, task, Setting(learning_rate=1e-12, dtype=dtype), Budget(steps=2, evaluations=1)
+    )
     whole = time.perf_counter() - began
     return run.seconds / 2, max(whole - run.seconds - run.prepare_seconds, 0.0) / 2

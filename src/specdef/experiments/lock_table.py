@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 import specdef
+from specdef.attacks.registry import find
 from specdef.attacks.run import Run
 from specdef.attacks.task import Budget, Task
 from specdef.audit.report import Curve
@@ -92,8 +94,11 @@ def audit_rows(
             seen.add(key)
             say(f"seed {case.seed}, {case.lock}: {progress.attack} with {progress.optimizer}, {progress.side}")  # fmt: skip
 
+    attacks = [
+        copy.copy(attack) for attack in find(case.attacks)
+    ]  # without the suite's further recipes
     report = specdef.audit(
-        case.locked, case.original, case.task, attacks=case.attacks, budget=budget, seeds=1, storage=journal,
+        case.locked, case.original, case.task, attacks=attacks, budget=budget, seeds=1, storage=journal,
         stop_when_broken=False, progress=tell,
     )  # fmt: skip
     cells = {(cell.attack, cell.optimizer): cell for cell in report.cells}

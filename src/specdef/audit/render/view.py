@@ -132,6 +132,8 @@ def _tier(tier: Mapping[str, Any]) -> dict[str, Any]:
         else:
             said = f"nothing was recovered, {best} came nearest"
         said += f"; {tier['cells']} cell{'' if tier['cells'] == 1 else 's'} measured"
+        if invalid := tier.get("invalid"):
+            said += f", {invalid} without a valid result"
     else:
         said = tier.get("reason", "")
     return {
@@ -222,7 +224,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("suite", report["suite"]), ("task", report["task"]),
         ("budget of a run", cost + (f", {seconds(limit)} at most" if limit else "")),
-        ("seeds", f"{report['seeds']} per side"), ("wall time", seconds(report.get("seconds"))),
+        ("seeds", f"{report['seeds']} per side"), ("precision", report.get("dtype", "float32")),
+        ("wall time", seconds(report.get("seconds"))),
     ]  # fmt: skip
     facts += [(str(name), str(value)) for name, value in (report.get("about") or {}).items()]
     facts.append(("versions", ", ".join(f"{n} {v}" for n, v in report["versions"].items())))
