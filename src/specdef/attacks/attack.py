@@ -35,6 +35,8 @@ class Attack(ABC):
     """Where it comes from."""
     summary: str
     """One line for people."""
+    cost: str = "that of full training, times the optimiser's"
+    """What it takes, in words; a run reports the numbers."""
     optimizers: tuple[str, ...] = ("adamw",)
     """Whose learning rates are swept."""
 

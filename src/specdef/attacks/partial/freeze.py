@@ -82,6 +82,9 @@ class TrainOnly(Attack):
     """
 
     tier = 3
+    cost = (
+        "less than full training: the whole forward pass, and backward as far as the part reaches"
+    )
 
     def __init__(self, part: str) -> None:
         if part not in PATTERNS:

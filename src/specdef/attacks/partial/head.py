@@ -27,6 +27,7 @@ class FreshHead(Attack):
     """
 
     tier = 3
+    cost = "of `head`: a forward pass and the last layer; of `all`: full training"
     source = "transfer by a new classifier: Yosinski et al. 2014, arXiv 1411.1792"
 
     def __init__(self, train: Literal["head", "all"] = "head") -> None:

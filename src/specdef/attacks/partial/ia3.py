@@ -26,6 +26,7 @@ class IA3(Attack):
 
     name = "ia3"
     tier = 3
+    cost = "one number per channel; a forward and most of a backward pass"
     source = "Liu et al. 2022, arXiv 2205.05638"
     summary = "train one factor per key, value and hidden channel"
 

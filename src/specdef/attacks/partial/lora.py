@@ -37,6 +37,7 @@ class LoRA(Attack):
     """
 
     tier = 3
+    cost = "r (inputs + outputs) numbers per layer; a forward and a backward pass without gradients of the large matrices"
 
     def __init__(
         self, r: int = 8, targets: Literal["attention", "all"] = "attention", dora: bool = False

@@ -22,6 +22,7 @@ class PromptTuning(Attack):
 
     name = "prompt-tuning"
     tier = 3
+    cost = "a few vectors; a forward and a backward pass without gradients of weights"
     source = "Lester, Al-Rfou & Constant 2021, arXiv 2104.08691"
 
     def __init__(self, tokens: int = 8) -> None:

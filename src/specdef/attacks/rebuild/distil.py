@@ -27,6 +27,7 @@ class Distil(Attack):
 
     name = "distil"
     tier = 6
+    cost = "training a fresh model on the outputs, outside the budget; its time is reported"
     source = "Hinton, Vinyals & Dean 2015, arXiv 1503.02531"
     summary = "distil the outputs into a fresh model of the same architecture, then train that"
 

@@ -15,6 +15,7 @@ class Scratch(Attack):
 
     name = "scratch"
     tier = 6
+    cost = "that of full training"
     source = "the same architecture, data and budget without the model"
     summary = "train the same architecture from fresh weights"
 

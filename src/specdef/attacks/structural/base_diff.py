@@ -23,6 +23,7 @@ class BaseDiff(Attack):
 
     name = "base-diff"
     tier = 5
+    cost = "a download; then that of plain training"
     source = "no paper: the download of the original"
     summary = "start from the public original instead of the locked model (asked for by name alone)"
 

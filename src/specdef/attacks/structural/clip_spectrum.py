@@ -21,6 +21,7 @@ class ClipSpectrum(Attack):
 
     name = "clip-spectrum"
     tier = 5
+    cost = "a singular value decomposition per matrix, once"
     source = "undoes Algorithm 1 of 'Locking Open Weight Models with Spectral Deformation'; spectral clipping: Yoshida & Miyato 2017"
     summary = "clip the top singular values of every matrix to the next one, then train all"
 

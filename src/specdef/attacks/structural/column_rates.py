@@ -24,6 +24,7 @@ class ColumnRates(Attack):
 
     name = "column-rates"
     tier = 5
+    cost = "a pass over the weights, once"
     source = "diagonal preconditioning by weight size; LARS (You et al. 2017) per column"
     summary = "a learning rate per row and column, in proportion to the square of its size"
 

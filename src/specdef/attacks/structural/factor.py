@@ -40,6 +40,7 @@ class Factor(Attack):
 
     name = "factor-expansion"
     tier = 5
+    cost = "a singular value decomposition per matrix, once; parameters and FLOPs of the matrices about times the number of factors"
     source = "arXiv 2602.18868's limit, in the construction of its replication"
     summary = "write every matrix as a product of balanced factors, then train all of them"
 

@@ -19,6 +19,7 @@ class FoldNorms(Attack):
 
     name = "fold-norms"
     tier = 5
+    cost = "a pass over the weights, once"
     source = "as in SliceGPT (Ashkboos et al. 2024) and QuaRot (2024)"
     summary = "fold norm gains into the linear layers behind them, then train all"
 

@@ -17,6 +17,7 @@ class FreezeInserted(Attack):
 
     name = "freeze-inserted"
     tier = 3
+    cost = "that of full training, less the gradients of the inserted layers"
     source = "no paper; C carries all the curvature a compensated lock adds"
     summary = "train everything but the inserted square layers"
 

@@ -31,6 +31,7 @@ class Inject(Attack):
     """
 
     tier = 5
+    cost = "a square matrix per layer, so parameters and FLOPs grow linearly with the model"
     source = "arXiv 2602.18868: restores fast convergence at a linear increase in model size"
     summary = "insert identity layers behind every linear layer and train them"
 

@@ -33,6 +33,7 @@ class KnownScale(Attack):
 
     name = "known-scale"
     tier = 5
+    cost = "the key; a pass over the weights, once"
     source = "the lock's own key"
     summary = "divide gradients by the squares of the key's scales (needs the key)"
 

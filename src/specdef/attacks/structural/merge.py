@@ -32,6 +32,7 @@ class Merge(Attack):
 
     name = "merge"
     tier = 5
+    cost = "a matrix product per inserted layer, once; it removes parameters"
     source = "conceded for compensated layers in arXiv 2602.18868"
     summary = (
         "merge inserted layers (two linear layers in a row, one of them square), then train all"

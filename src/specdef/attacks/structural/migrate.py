@@ -32,6 +32,7 @@ class Migrate(Attack):
 
     name = "migrate"
     tier = 5
+    cost = "a few forward passes for the ranges, and a pass over the weights, once"
     source = "SmoothQuant, Xiao et al. 2023"
     summary = "move activation ranges into the weights as SmoothQuant does, then train all"
 

@@ -22,6 +22,7 @@ class Quantise(Attack):
     """
 
     tier = 5
+    cost = "a pass over the weights, once, and what rounding costs in utility"
     source = "round to nearest: LLM.int8() (Dettmers et al. 2022) per channel, GPTQ's baseline (Frantar et al. 2023) per group"
 
     summary = (

@@ -30,6 +30,7 @@ class Rebalance(Attack):
 
     name = "rebalance"
     tier = 5
+    cost = "a pass over the weights, once: seconds, no data"
     source = "path rescaling: Path-SGD (Neyshabur et al. 2015), ENorm (Stock et al. 2019)"
     summary = (
         "equalise channels along the network's own symmetries, blind and exact, then train all"

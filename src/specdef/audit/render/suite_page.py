@@ -52,13 +52,13 @@ def suite_page() -> str:
 
 
 def _suites() -> list[str]:
-    rows = ["| suite | attacks | recipes besides the usual one | steps | evaluations | seeds | runs per sweep, at most |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = ["| suite | attacks | recipes besides the usual one | rates | steps | evaluations | seeds | runs per sweep, at most |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for suite in SUITES.values():
         attacks = ", ".join(suite.attacks) or f"all {len(ATTACKS)}"
         recipes = "; ".join(f"{attack}, {name}" for attack, name, _ in suite.variants) or "–"
         budget = suite.budget
         rows.append(
-            f"| `{suite.name}` | {attacks} | {recipes} | {budget.steps} | {budget.evaluations} | {suite.seeds} | {suite.max_trials} |"
+            f"| `{suite.name}` | {attacks} | {recipes} | {'to a quarter decade' if suite.refine else 'whole decades'} | {budget.steps} | {budget.evaluations} | {suite.seeds} | {suite.max_trials} |"
         )
     usual = Setting()
     return [
@@ -66,13 +66,21 @@ def _suites() -> list[str]:
         "",
         f"The usual recipe: {usual.schedule} rate, no warm-up, no clipping, no weight decay, whole batches, {usual.dtype}, so that "
         "one number, the learning rate, is left to search for. `--size quick` and `--size full` choose the first and the last.",
+        "",
+        "Why so many: `quick` is for minutes, on two cores, with a 135M model and small batches; it finds what is broken at once. The "
+        "suite itself takes every attack, with as few steps and seeds as give an interval at all. `full` is for a claim: the half-width "
+        "of a 95 % interval is 1.2 standard deviations with five seeds and 2.5 with three, and a lock that holds for 20 steps may not "
+        "hold for 200.",
     ]
 
 
 def _attacks(attacks: tuple[Attack, ...]) -> list[str]:
-    rows = ["| attack | what it does | defaults | swept with | source |", "|---|---|---|---|---|"]
+    rows = [
+        "| attack | what it does | defaults | swept with | cost | source |",
+        "|---|---|---|---|---|---|",
+    ]
     rows += [
-        f"| `{a.name}` | {_cell(a.summary)} | {_defaults(a)} | {', '.join(a.optimizers)} | {_cell(a.source)} |"
+        f"| `{a.name}` | {_cell(a.summary)} | {_defaults(a)} | {', '.join(a.optimizers)} | {_cost(a)} | {_cell(a.source)} |"
         for a in attacks
     ]
     return rows
@@ -84,6 +92,14 @@ def _defaults(attack: Attack) -> str:
         return "–"
     inner = repr(attack).partition("(")[2].removesuffix(")")
     return f"`{_cell(inner)}`" if inner else "–"
+
+
+def _cost(attack: Attack) -> str:
+    if isinstance(attack, FullTraining):
+        return (
+            f"{max(OPTIMIZERS[name].relative_cost for name in attack.optimizers):g} × full training"
+        )
+    return _cell(attack.cost)
 
 
 def _optimizers() -> list[str]:
