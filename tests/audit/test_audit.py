@@ -247,3 +247,16 @@ def test_the_package_is_the_function() -> None:
     model, task = toys.problem()
     with pytest.raises(ValueError, match="seeds must be at least 1"):
         specdef.audit(model, model, task, seeds=0)
+
+
+def test_fresh_weights_are_compared_with_each_other() -> None:
+    """Their start is far above the trained model's: low rates must still count as nothing, and slow runs be given up."""
+    model, task = toys.problem()
+    easy = replace(task, train=[[x, y] for x, y in task.retain * 8], heldout=task.retain, retain=())
+    report = specdef.audit(
+        model, model, easy, attacks=["full-adamw"], budget=Budget(steps=8, evaluations=4), seeds=1
+    )
+    (scratch,) = next(c for c in report.curves if c.side == "scratch").sweeps
+    assert min(run.start for run in scratch.runs) > 2 * report.start["counted_from"]
+    assert min(run.setting.learning_rate for run in scratch.runs) >= 1e-6
+    assert any(run.status == "pruned" for run in scratch.runs)

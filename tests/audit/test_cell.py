@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,12 @@ def test_shares_and_their_interval_are_over_seeds() -> None:
 def test_statuses(best: tuple[float, ...], status: str) -> None:
     found = cell([sweep(b) for b in best], CONTROL[: len(best)])
     assert found.status == status
+
+
+def test_runs_that_died_with_their_worker_are_told() -> None:
+    died = replace(sweep(1.9), lost=2)
+    assert "2 run(s) died" in cell([died], CONTROL[:1]).notes[0]
+    assert not cell([sweep(1.9)], CONTROL[:1]).notes
 
 
 def test_a_lock_that_leaves_the_attacker_above_the_start_gives_back_nothing_and_no_less() -> None:

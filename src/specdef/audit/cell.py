@@ -218,8 +218,14 @@ def _measured(
         trials=sum(len(sweep.runs) for sweep in locked),
         added_parameters=best.added_parameters,
         relative_cost=best.relative_cost,
-        notes=best.notes,
+        notes=(*best.notes, *_lost(locked)),
     )
+
+
+def _lost(sweeps: Sequence[SweepResult]) -> tuple[str, ...]:
+    lost = sum(sweep.lost for sweep in sweeps)
+    said = f"{lost} run(s) died with their worker; a rate at which that happened twice counts as diverged"
+    return (said,) if lost else ()
 
 
 def _status(cell: Cell) -> CellStatus:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from optuna.storages import BaseStorage
 from torch import nn
 
-from specdef.attacks.attack import Attack
+from specdef.attacks.attack import Attack, Prepared
 from specdef.attacks.full import FullTraining
 from specdef.attacks.optimizers import OPTIMIZERS
 from specdef.attacks.registry import REFERENCE
@@ -24,6 +25,7 @@ from specdef.audit.grid import Sweep
 from specdef.audit.study import SweepResult, run_study
 from specdef.audit.suite import Entry
 from specdef.errors import SpecDefError
+from specdef.lock.deformation.retain import measure_utility
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,12 +147,17 @@ class Sweeps:
         if REFERENCE.applies(self._original):
             return []
         entry = Entry(attack=REFERENCE, optimizer="adamw", tier=REFERENCE.tier, name=REFERENCE.name)
-        return self._sides(REFERENCE, entry, "scratch", self._original, "", (), None)
+        # What fresh weights gain is seldom below the trained model's start: they are compared with each other.
+        with self._prepared(REFERENCE) as prepared:
+            fresh = measure_utility(prepared.model, self._task.heldout, self._task.loss).loss
+        start = max(self._start, fresh) if math.isfinite(fresh) else self._start
+        return self._sides(REFERENCE, entry, "scratch", self._original, "", (), None, start=start)
 
     def _sides(
         self, attack: Attack, entry: Entry, side: str, model: nn.Module, digest: str,
-        rates: tuple[float, ...], gain: float | None,
+        rates: tuple[float, ...], gain: float | None, *, start: float | None = None,
     ) -> list[SweepResult]:  # fmt: skip
+        start = self._start if start is None else start
         low, high = OPTIMIZERS[entry.optimizer].learning_rates
         found: list[SweepResult] = []
         for seed in range(self._seeds):
@@ -158,13 +165,14 @@ class Sweeps:
             if found and not self._whole and not rates:
                 around = found[0].best.setting.learning_rate
             sweep = Sweep(low=low, high=high, rates=rates, around=around, gain=gain, max_trials=self._max_trials, refine=self._refine)  # fmt: skip
-            found.append(self._sweep(attack, entry, side, model, digest, sweep, seed))
+            found.append(self._sweep(attack, entry, side, model, digest, sweep, seed, start))
             if side == "control" and not found[0].best.best < self._start:
                 break
         return found
 
     def _sweep(
-        self, attack: Attack, entry: Entry, side: str, model: nn.Module, digest: str, sweep: Sweep, seed: int
+        self, attack: Attack, entry: Entry, side: str, model: nn.Module, digest: str, sweep: Sweep, seed: int,
+        start: float,
     ) -> SweepResult:  # fmt: skip
         label = "" if side == "control" else entry.name
         recipe = {"dtype": self._dtype, **entry.changes}
@@ -189,7 +197,7 @@ class Sweeps:
                 return attack(model, self._task, setting, self._budget, seed=seed, original=self._original, idle=True)  # fmt: skip
 
             self._done[name] = run_study(
-                self._storage, name, sweep, execute, start=self._start, initial=self._initial,
+                self._storage, name, sweep, execute, start=start, initial=max(start, self._initial),
                 steps=self._budget.steps, idle=idle if has_running_statistics(model) else None,
             )  # fmt: skip
         return self._done[name]
@@ -200,18 +208,21 @@ class Sweeps:
             attack.tier == 6
         ):  # trains a model of its own: its recipe tells as much, and costs nothing
             return f"{type(attack).__qualname__}{attack!r}"
+        try:
+            with self._prepared(attack) as prepared:
+                return prepared_digest(prepared)
+        except SpecDefError:
+            return ""
+
+    @contextmanager
+    def _prepared(self, attack: Attack) -> Iterator[Prepared]:
+        """Give what an attack makes of the unlocked model, with the first seed; the caller's random state stays as it was."""
         generator = torch.Generator().manual_seed(0)
         devices = sorted({p.device.index or 0 for p in self._original.parameters() if p.is_cuda})
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            try:
-                victim = copy.deepcopy(self._original).eval()
-                prepared = attack.prepare(
-                    victim, self._task, original=self._original, generator=generator
-                )
-            except SpecDefError:
-                return ""
-        return prepared_digest(prepared)
+            victim = copy.deepcopy(self._original).eval()
+            yield attack.prepare(victim, self._task, original=self._original, generator=generator)
 
     def _tell(self, entry: Entry, side: str, run: Run) -> None:
         if self._progress:
