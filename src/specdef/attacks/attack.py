@@ -104,8 +104,9 @@ class Attack(ABC):
             trial = Trial(prepared, task, setting, budget, seed, idle=idle)
             prepare_seconds = time.perf_counter() - began
             status = trial.run(watch)
+            relative_change, swamped = trial.change()
             utility = None
-            if len(task.retain):
+            if len(task.retain) and min(trial.losses) < trial.losses[0]:
                 utility = measure_utility(prepared.model, cast_batches(task.retain, setting)).value
             metrics = task.metrics(prepared.model) if task.metrics else {}
         return Run(
@@ -114,7 +115,7 @@ class Attack(ABC):
             prepare_seconds=prepare_seconds, trained_parameters=sum(p.numel() for p in trial.parameters),
             added_parameters=max(0, sum(p.numel() for p in prepared.model.parameters()) - size),
             relative_cost=prepared.relative_cost * OPTIMIZERS[setting.optimizer].relative_cost,
-            relative_change=trial.relative_change(), swamped=trial.swamped(),
+            relative_change=relative_change, swamped=swamped,
             metrics=metrics, notes=prepared.notes,
         )  # fmt: skip
 

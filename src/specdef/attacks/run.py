@@ -28,7 +28,7 @@ class Run:
         accuracies: Held-out accuracy there; nan where the task has none.
         status: finished, diverged (a loss was not finite: a result, not an error), pruned, out of time, or failed (the
             attack's own linear algebra broke down).
-        utility: Utility on the task's retain data after the attack; None where there is none.
+        utility: Utility on the task's retain data after the attack; None where there is none, or nothing was gained.
         seconds: Wall time of the training, evaluations left out.
         prepare_seconds: Wall time of the edits before it.
         added_parameters: Numbers the attack added to the model.

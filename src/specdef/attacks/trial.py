@@ -109,23 +109,27 @@ class Trial:
             self.model.eval()
         return "finished"
 
-    def relative_change(self) -> float:
-        """Return the norm of the change over the norm of the start; inf where it is not finite."""
-        with torch.no_grad():
-            pairs = zip(self.parameters, self.before, strict=True)
-            change = math.hypot(*(_norm(p - b) for p, b in pairs))
-            size = math.hypot(*(_norm(b) for b in self.before))
-        return change / size if size and math.isfinite(change) else math.inf
+    def change(self) -> tuple[float, float]:
+        """Measure how far the weights went.
 
-    def swamped(self) -> float:
-        """Return the share of numbers with a gradient whose value is what it was at the start."""
+        Returns:
+            Norm of the change over the norm of the start, inf where it is not finite; and the share of numbers with a gradient
+            whose value is what it was at the start.
+        """
+        norms: list[float] = []
         still = total = 0
-        for parameter, before in zip(self.parameters, self.before, strict=True):
-            if parameter.grad is not None:
-                pushed = parameter.grad != 0
-                total += int(pushed.sum())
-                still += int((pushed & (parameter.detach() == before)).sum())
-        return still / total if total else 0.0
+        with torch.no_grad():
+            for parameter, before in zip(self.parameters, self.before, strict=True):
+                moved = parameter - before
+                norms.append(_norm(moved))
+                if parameter.grad is not None:
+                    pushed = parameter.grad != 0
+                    total += int(pushed.sum())
+                    still += int((pushed & (moved == 0)).sum())
+            size = math.hypot(*map(_norm, self.before))
+        change = math.hypot(*norms)
+        relative = change / size if size and math.isfinite(change) else math.inf
+        return relative, still / total if total else 0.0
 
     def _step(self, step: int, batch: Batch) -> bool:
         """Take one step; return whether its loss and the weights' gradients were finite."""
