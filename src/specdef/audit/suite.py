@@ -64,7 +64,7 @@ SUITES: dict[str, Suite] = {
                 "recipe", "full-adamw", "lora", "only-head", "full-sophia", "merge", "freeze-inserted",
                 "rebalance",
             ),
-            budget=Budget(steps=6, evaluations=2), seeds=1, max_trials=24, refine=False,
+            budget=Budget(steps=4, evaluations=2), seeds=1, max_trials=24, refine=False,
         ),
         Suite(name="2026.1", variants=_VARIANTS[:1], budget=Budget(steps=20, evaluations=10)),
         Suite(

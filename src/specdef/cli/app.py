@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -18,6 +19,10 @@ from specdef.cli import verify as verify_verb
 from specdef.cli.common import report_error
 from specdef.cli.lock_options import GroupedHelp, LockCommand
 from specdef.errors import SpecDefError
+
+# Where the system grants large pages on request, let torch ask for them: every run of an attack touches fresh memory. It is read
+# when torch first allocates, so it must stand before torch is imported.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 app = typer.Typer(
     no_args_is_help=True,
