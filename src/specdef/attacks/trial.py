@@ -192,7 +192,7 @@ def has_running_statistics(model: nn.Module) -> bool:
 
 
 def _norm(tensor: Tensor) -> float:
-    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[None]
+    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
     norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1).double()))
     if 0 < norm < math.inf:
         return norm
