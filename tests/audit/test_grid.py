@@ -158,7 +158,7 @@ def test_where_nothing_moves_it_looks_up_and_not_down() -> None:
     assert min(found) > ORDINARY.low / 10
 
 
-def test_swamped_steps_end_the_walk_down_though_losses_differ_by_noise() -> None:
+def test_steps_that_change_no_weight_end_the_walk_down() -> None:
     found = search(lambda rate: bowl(rate) if rate > 1e-4 else level(0.97) | {"still": True})
     assert min(found) >= 1e-5
 

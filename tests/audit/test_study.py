@@ -23,10 +23,10 @@ from optuna.trial import TrialState
 from tests import audit_toys as toys
 
 from specdef.attacks.run import Run
-from specdef.audit.grid import Sweep
+from specdef.audit.grid import Sweep, Tried, outcomes
 from specdef.audit.sampler import PARAMETER, RETRIES
 from specdef.audit.storage import drop_unfinished_line, open_storage, silent_optuna
-from specdef.audit.study import json_safe, run_from_json, run_study
+from specdef.audit.study import facts, json_safe, run_from_json, run_study
 from specdef.audit.workers import Watchman
 from specdef.errors import SpecDefError
 
@@ -325,3 +325,14 @@ def test_two_workers_share_a_database_and_one_is_killed(tmp_path: Path) -> None:
         workers[0].wait()
         assert workers[1].wait(60) == 0
         check_shared(url, log, killed=1)
+
+
+def test_a_run_that_moves_only_the_scaled_channels_has_moved() -> None:
+    """Of 576 channels a lock scales one: at the rate that trains it all others round to what they were."""
+    few = toys.run_at(1e-11, (2.0, 1.9), swamped=0.998, relative_change=1e-12)
+    none = toys.run_at(1e-30, (2.0, 2.0), swamped=1.0, relative_change=0.0)
+    assert [facts(r, {}, start=2.0, steps=1)["still"] for r in (few, none)] == [False, True]
+    tried = [
+        Tried(rate=r.setting.learning_rate, **facts(r, {}, start=2.0, steps=1)) for r in (few, none)
+    ]
+    assert outcomes(tried, Sweep(gain=1.0)) == ["moved", "nothing"]

@@ -49,7 +49,7 @@ class Tried:
         best: Lowest loss.
         last: Last loss; inf where it was not finite.
         diverged: The run ended because its numbers did, or was given up on.
-        still: No stored weight changed.
+        still: No stored weight changed. Of a lock's scaled channels few may change, where nearly all others round to what they were.
         share: Share of the budget's steps that were run.
     """
 

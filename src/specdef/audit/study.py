@@ -26,9 +26,6 @@ from specdef.audit.sampler import (
 from specdef.audit.storage import FAILURES, open_storage, silent_optuna
 from specdef.audit.workers import Watchman, claim
 
-SWAMPED = 0.99
-"""Above this share of steps lost to rounding, a run has moved nothing."""
-
 Execute = Callable[[float, Callable[[int, float], None]], Run]
 """Learning rate and watcher to the run."""
 
@@ -188,7 +185,7 @@ def facts(run: Run, idle: Mapping[int, float], *, start: float, steps: int) -> d
         Fields of `Tried`.
     """
     last = run.losses[-1]
-    still = run.relative_change == 0 or run.swamped > SWAMPED
+    still = run.relative_change == 0
     without = [idle.get(step, run.start) for step in run.steps]
     given_up = run.status == "pruned" and last > blown(without[-1]) and not still
     return {
