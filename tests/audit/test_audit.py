@@ -21,6 +21,7 @@ from specdef.attacks.task import Budget, Task
 from specdef.audit.audit import audit
 from specdef.audit.baseline import constant_guess, measure_baseline
 from specdef.audit.fingerprint import model_digest, task_digest
+from specdef.audit.render.pages import html_page, write_pages
 from specdef.audit.report import AuditReport
 from specdef.audit.suite import SUITES, entries, find_suite
 from specdef.audit.sweeps import Progress
@@ -260,3 +261,27 @@ def test_fresh_weights_are_compared_with_each_other() -> None:
     assert min(run.start for run in scratch.runs) > 2 * report.start["counted_from"]
     assert min(run.setting.learning_rate for run in scratch.runs) >= 1e-6
     assert any(run.status == "pruned" for run in scratch.runs)
+
+
+def test_a_goals_own_numbers_are_in_the_report(tmp_path: Path) -> None:
+    model, task = toys.problem(retain=False)
+
+    def share(attacked: nn.Module) -> dict[str, float]:
+        (x, y) = task.heldout[0]
+        with torch.no_grad():
+            return {"reached": float((attacked(x).argmax(1) == y).float().mean())}
+
+    report = audit(
+        model, model, replace(task, metrics=share), attacks=["full-adamw"], budget=Budget(steps=24, evaluations=2),
+        seeds=1, suite="2026.1-quick",
+    )  # fmt: skip
+    (cell,) = report.cells
+    assert cell.metrics is not None and report.metrics["original"] == share(model)
+    assert cell.metrics["locked"]["reached"] > report.metrics["locked"]["reached"] + 0.2
+    write_pages(tmp_path, report.to_dict())
+    for name in ("audit.html", "audit.md"):
+        assert (
+            "Goal" in (tmp_path / name).read_text() and "reached" in (tmp_path / name).read_text()
+        )
+    assert json.loads((tmp_path / "audit.json").read_text())["metrics"] == report.metrics
+    assert "Goal" not in html_page(audit(model, model, task, attacks=["recipe"], seeds=1).to_dict())

@@ -116,6 +116,7 @@ def audit(
         suite=recipe.name if chosen is None else f"{recipe.name}, own selection", task=task.name, budget=cost,
         seeds=count, dtype=dtype, verdict=overall(verdicts, useless=baseline.useless), tiers=verdicts, cells=tuple(cells),
         curves=tuple(curves), not_tested=_not_tested(cells, wanted, scratch), start=_start(baseline),
+        metrics={"original": baseline.metrics_original, "locked": baseline.metrics_locked} if task.metrics else {},
         useless=baseline.useless, versions=_versions(), seconds=time.perf_counter() - began,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ class Baseline:
         utility_original: Utility on the retain data; None where there is none.
         utility_locked: The same of the locked model.
         useless: The locked model does not do its own work any more.
+        metrics_original: The task's own numbers, of the unlocked model; empty where it has none.
+        metrics_locked: The same of the locked model.
     """
 
     original: float
@@ -40,6 +42,8 @@ class Baseline:
     utility_original: float | None
     utility_locked: float | None
     useless: bool
+    metrics_original: dict[str, float] = field(default_factory=dict)
+    metrics_locked: dict[str, float] = field(default_factory=dict)
 
     @property
     def start(self) -> float:
@@ -80,7 +84,8 @@ def measure_baseline(locked: nn.Module, original: nn.Module, task: Task) -> Base
             useless = useless or not left.value >= USELESS * kept.value
     return Baseline(
         original=before, locked=after, chance=chance, utility_original=of_original, utility_locked=of_locked,
-        useless=useless,
+        useless=useless, metrics_original=task.metrics(original) if task.metrics else {},
+        metrics_locked=task.metrics(locked) if task.metrics else {},
     )  # fmt: skip
 
 

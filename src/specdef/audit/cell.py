@@ -56,6 +56,8 @@ class Cell:
         accuracy: Held-out accuracy {"start", "locked", "control"} of the runs above, where the task has one.
         seeds: Seeds run on the locked side.
         utility: On the task's retain data: {"original", "locked", "attacked"}, of the best run; None without such data.
+        metrics: The task's own numbers after the best runs, by side ("locked", "control") and name, means over seeds; None where
+            the task has none.
         seconds: Wall time of all runs of the locked side.
         attack_seconds: Wall time of the best run with its edits: what the attack costs who knows the learning rate.
         trials: Runs on the locked side.
@@ -84,6 +86,7 @@ class Cell:
     accuracy: dict[str, float] | None = None
     seeds: int = 0
     utility: dict[str, float | None] | None = None
+    metrics: dict[str, dict[str, float]] | None = None
     seconds: float = 0.0
     attack_seconds: float | None = None
     trials: int = 0
@@ -213,6 +216,7 @@ def _measured(
         accuracy=_accuracy(runs, controls),
         seeds=len(locked),
         utility=utility,
+        metrics=_metrics(runs, controls),
         seconds=sum(run.seconds + run.prepare_seconds for sweep in locked for run in sweep.runs),
         attack_seconds=best.seconds + best.prepare_seconds,
         trials=sum(len(sweep.runs) for sweep in locked),
@@ -220,6 +224,14 @@ def _measured(
         relative_cost=best.relative_cost,
         notes=(*best.notes, *_lost(locked)),
     )
+
+
+def _metrics(locked: Sequence[Run], control: Sequence[Run]) -> dict[str, dict[str, float]] | None:
+    def means(runs: Sequence[Run]) -> dict[str, float]:
+        return {name: fmean(run.metrics[name] for run in runs) for name in runs[0].metrics}
+
+    found = {"locked": means(locked), "control": means(control)}
+    return found if found["locked"] else None
 
 
 def _lost(sweeps: Sequence[SweepResult]) -> tuple[str, ...]:

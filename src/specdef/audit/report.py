@@ -55,6 +55,7 @@ class AuditReport:
         curves: All runs behind the cells; a control that serves several cells appears under each.
         not_tested: What was left out, and why.
         start: Losses and utilities before any attack.
+        metrics: The task's own numbers before any attack, of "original" and "locked"; empty where it has none.
         useless: The locked model does not do its own work any more.
         versions: Of specdef, torch, optuna and Python.
         seconds: Wall time.
@@ -71,6 +72,7 @@ class AuditReport:
     curves: tuple[Curve, ...]
     not_tested: tuple[str, ...]
     start: dict[str, float | None]
+    metrics: dict[str, dict[str, float]]
     useless: bool
     versions: dict[str, str]
     seconds: float
@@ -88,6 +90,6 @@ class AuditReport:
             "verdict": self.verdict, "tiers": [tier.to_dict() for tier in self.tiers],
             "cells": [cell.to_dict() for cell in self.cells],
             "curves": [curve.to_dict() for curve in self.curves], "not_tested": list(self.not_tested),
-            "start": json_safe(self.start), "useless": self.useless, "versions": dict(self.versions),
+            "start": json_safe(self.start), "metrics": json_safe(self.metrics), "useless": self.useless, "versions": dict(self.versions),
             "seconds": self.seconds,
         }  # fmt: skip

@@ -46,6 +46,7 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
         "start": _start(start),
         "scratch": _scratch(report["cells"], scratch, start.get("counted_from")),
         "utility": _utility(ordered, start),
+        "goal": _goal(report),
         "costs": [_cost(cell) for cell in ordered if cell["status"] in ("broken", "weakened")],
         "flags": _flags(ordered),
         "not_tested": list(report["not_tested"]),
@@ -190,6 +191,25 @@ def _utility(cells: Sequence[Mapping[str, Any]], start: Mapping[str, Any]) -> di
         "locked": number(start.get("utility_locked")),
         "rows": rows,
     }
+
+
+def _goal(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the task's own numbers: before any attack, and after the best run on either side."""
+    before = report.get("metrics") or {}
+    names = list(before.get("original") or {})
+    rows = [("before any attack", "", {"locked": before.get("locked"), "control": before.get("original")})]  # fmt: skip
+    rows += [(c["attack"], c["optimizer"], c["metrics"]) for c in report["cells"] if c.get("metrics")]  # fmt: skip
+    return {
+        "names": names,
+        "rows": [
+            {
+                "attack": attack, "optimizer": optimizer,
+                "locked": [number((values.get("locked") or {}).get(name)) for name in names],
+                "control": [number((values.get("control") or {}).get(name)) for name in names],
+            }
+            for attack, optimizer, values in rows
+        ],
+    }  # fmt: skip
 
 
 def _cost(cell: Mapping[str, Any]) -> dict[str, Any]:
