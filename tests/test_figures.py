@@ -170,3 +170,14 @@ def test_figure_2_small(tmp_path):
     for start, want in expected.items():
         (found,) = [yes for text, yes in held.items() if text.startswith(start)]
         assert found == want, start
+
+
+def test_a_record_is_read_back_as_it_was(tmp_path):
+    from matplotlib.figure import Figure
+
+    from specdef.experiments.record import write_record
+
+    record = {"table": ["| a  | [0.5] |", "two  spaces"], "runs": [[1.0, "x", None], [2.0, "y\n", 3]], "none": []}  # fmt: skip
+    write_record(tmp_path, "r", record, Figure())
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text) == record and '[ 1.0, "x", null ]' in text

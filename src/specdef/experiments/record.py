@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ import specdef
 from specdef.weights.atomic import atomic_file
 
 Progress = Callable[[str], None]
+
+_LISTS = re.compile(r"\[\n[^\[\]{}]*\n *\]")
+"""Innermost lists, one number to a line; they are put on one line."""
+_BREAKS = re.compile(r"\n *")
 
 
 def claim(text: str, held: bool, **numbers: Any) -> dict[str, Any]:
@@ -97,7 +102,7 @@ def write_record(out: Path, name: str, record: Mapping[str, Any], figure: Figure
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / f"{name}.png") as path:
         figure.savefig(path, dpi=120, format="png")
-    text = json.dumps(plain(record), indent=1, allow_nan=False)
+    text = _LISTS.sub(lambda found: _BREAKS.sub(" ", found[0]), json.dumps(plain(record), indent=1, allow_nan=False))  # fmt: skip
     with atomic_file(out / f"{name}.json") as path:
         path.write_text(text + "\n", encoding="utf-8")
 
