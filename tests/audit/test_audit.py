@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from specdef.audit.suite import SUITES, entries, find_suite
 from specdef.audit.sweeps import Progress
 from specdef.curvature.losses import MSELoss
 from specdef.errors import SpecDefError
+from specdef.models.tiny import tiny_inputs
 
 BUDGET = Budget(steps=16, evaluations=4)
 RECIPE = FullTraining(learning_rates=(5e-5, 1e-4), tier=1, name="recipe")
@@ -285,3 +287,19 @@ def test_a_goals_own_numbers_are_in_the_report(tmp_path: Path) -> None:
         )
     assert json.loads((tmp_path / "audit.json").read_text())["metrics"] == report.metrics
     assert "Goal" not in html_page(audit(model, model, task, attacks=["recipe"], seeds=1).to_dict())
+
+
+def test_folders_and_short_names_of_suites_will_do(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    batch = tiny_inputs("llama", seed=0)
+    task = Task(name="toy", train=[batch], heldout=[batch])
+    specdef.lock_checkpoint(tiny_folder("llama"), tmp_path / "locked")
+    report = audit(
+        tmp_path / "locked", str(tiny_folder("llama")), task, attacks=["recipe"], suite="quick", seeds=1,
+        budget=Budget(steps=1, evaluations=1),
+    )  # fmt: skip
+    assert report.suite.startswith("2026.1-quick") and report.cells[0].control is not None
+    assert (
+        find_suite("full") is SUITES["2026.1-full"] and find_suite("standard") is SUITES["2026.1"]
+    )

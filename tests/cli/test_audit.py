@@ -12,6 +12,7 @@ import pytest
 import specdef
 from specdef.attacks.optimizers import OPTIMIZERS
 from specdef.attacks.registry import ATTACKS
+from specdef.attacks.task import Budget
 from specdef.audit.suite import SUITES
 from specdef.audit.sweeps import Progress
 from specdef.cli import audit as verb
@@ -218,6 +219,9 @@ def test_a_key_and_optimizers(run, pair, letters):
         (["--storage", "nosql://host/name"], "address of the database"),
         (["--size", "tiny"], "tiny"),
         (["--workers", "0"], "--workers must be at least 1"),
+        (["--budget", "soon"], "--budget takes STEPS"),
+        (["--budget", "/"], "--budget takes STEPS"),
+        (["--budget", "20"], "give one of them"),
     ],
 )
 def test_mistakes(run, pair, letters, tmp_path, monkeypatch, tree, changes, message):
@@ -256,6 +260,15 @@ def test_what_an_audit_needs(run, pair, ready, letters, tmp_path, monkeypatch):
 def test_exit_codes(statuses, useless, code):
     report = {"tiers": [{"status": status} for status in statuses], "useless": useless}
     assert verb.exit_code(report) == code
+
+
+def test_a_budget_is_read():
+    usual = Budget(steps=8, evaluations=4)
+    assert verb._budget(usual, "20", None, None, None) == Budget(steps=20, evaluations=4)
+    assert verb._budget(usual, "20/1.5", None, 2, None) == Budget(steps=20, evaluations=2, seconds=1.5)  # fmt: skip
+    assert verb._budget(usual, "/60", 5, None, None) == Budget(steps=5, evaluations=4, seconds=60)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        verb._budget(usual, "0", None, None, None)
 
 
 def test_tiers_are_read():

@@ -24,11 +24,12 @@ from specdef.audit.suite import Entry, entries, find_suite, with_key
 from specdef.audit.sweeps import Progress, Sweeps
 from specdef.audit.verdict import TIERS, overall, tier_verdict
 from specdef.errors import SpecDefError
+from specdef.lock.load import load_model
 
 
 def audit(
-    locked: nn.Module,
-    original: nn.Module,
+    locked: nn.Module | str | Path,
+    original: nn.Module | str | Path,
     task: Task,
     *,
     attacks: Iterable[str | Attack] | None = None,
@@ -49,8 +50,8 @@ def audit(
     number of processes may work on one storage.
 
     Args:
-        locked: The locked model; never changed.
-        original: The same model without the lock.
+        locked: The locked model, never changed; or its folder.
+        original: The same model without the lock; or its folder.
         task: What the attacker wants, and the data it is judged on.
         attacks: Attacks, or their names, instead of the suite's; named ones keep the suite's recipes.
         tiers: Threat tiers to test.
@@ -84,6 +85,7 @@ def audit(
     if key is not None:
         chosen = with_key(recipe, chosen, key)
     plan = entries(recipe, chosen, wanted)
+    locked, original = _loaded(locked), _loaded(original)
     baseline = measure_baseline(locked, original, task)
     cost = budget or recipe.budget
     sweeps = Sweeps(
@@ -119,6 +121,10 @@ def audit(
         metrics={"original": baseline.metrics_original, "locked": baseline.metrics_locked} if task.metrics else {},
         useless=baseline.useless, versions=_versions(), seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _loaded(model: nn.Module | str | Path) -> nn.Module:
+    return model if isinstance(model, nn.Module) else load_model(model, dtype="float32")
 
 
 def _fill(

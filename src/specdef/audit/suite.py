@@ -74,6 +74,10 @@ SUITES: dict[str, Suite] = {
 }  # fmt: skip
 
 
+LATEST = {"quick": "2026.1-quick", "standard": "2026.1", "full": "2026.1-full"}
+"""Short names of the newest suites; reports name the version."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """One cell to be filled.
@@ -97,7 +101,7 @@ def find_suite(name: str) -> Suite:
     """Look a suite up.
 
     Args:
-        name: Key of `SUITES`.
+        name: Key of `SUITES` or of `LATEST`.
 
     Returns:
         The suite.
@@ -105,10 +109,11 @@ def find_suite(name: str) -> Suite:
     Raises:
         SpecDefError: There is no such suite.
     """
-    if name not in SUITES:
+    full = LATEST.get(name, name)
+    if full not in SUITES:
         close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0)
-        raise SpecDefError(f"no suite is called {name!r}; nearest: {close[0]}", hint=f"Suites: {', '.join(SUITES)}.")  # fmt: skip
-    return SUITES[name]
+        raise SpecDefError(f"no suite is called {name!r}; nearest: {close[0]}", hint=f"Suites: {', '.join((*SUITES, *LATEST))}.")  # fmt: skip
+    return SUITES[full]
 
 
 def entries(

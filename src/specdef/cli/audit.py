@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -51,6 +52,7 @@ def audit(
     tiers: options.Tiers = "1-6",
     only: options.Only = None,
     optimizers: options.Optimizers = None,
+    budget: options.BudgetText = None,
     steps: options.Steps = None,
     evaluations: options.Evaluations = None,
     seconds: options.Seconds = None,
@@ -104,7 +106,7 @@ def audit(
     attacks = choose_attacks(recipe, parse_list(only), parse_list(optimizers), key)
     if not entries(recipe, attacks, wanted):
         raise SpecDefError("no attack is left: those chosen are of other tiers", hint=f"Leave --tiers {tiers} out.")  # fmt: skip
-    budget = _budget(recipe.budget, steps, evaluations, seconds)
+    spent = _budget(recipe.budget, budget, steps, evaluations, seconds)
     for name, number in (("seeds", seeds), ("workers", workers)):
         if number is not None and number < 1:
             raise ValueError(f"--{name} must be at least 1, got {number}.")
@@ -121,7 +123,7 @@ def audit(
     models = (folder, source, drawn, retain, device)
     victim, twin, goal = load_audited(*models)
     if dry_run:
-        values = plan_audit(victim, goal, recipe, attacks, tiers=wanted, budget=budget, seeds=seeds or recipe.seeds, dtype=dtype.value)  # fmt: skip
+        values = plan_audit(victim, goal, recipe, attacks, tiers=wanted, budget=spent, seeds=seeds or recipe.seeds, dtype=dtype.value)  # fmt: skip
         values = {"locked": locked, "original": original, "data": data, **values}
         if json:
             print_json(values)
@@ -134,7 +136,7 @@ def audit(
     from specdef.cli.lock_deformation import Interrupted
 
     settings: dict[str, Any] = {
-        "attacks": attacks, "tiers": wanted, "budget": budget, "seeds": seeds, "suite": recipe.name, "dtype": dtype.value,
+        "attacks": attacks, "tiers": wanted, "budget": spent, "seeds": seeds, "suite": recipe.name, "dtype": dtype.value,
         "storage": storage or place / STUDY, "stop_when_broken": not keep_going,
     }  # fmt: skip
     try:
@@ -175,7 +177,18 @@ def exit_code(report: Mapping[str, Any]) -> int:
     return 0 if "held at this budget" in found else 3
 
 
-def _budget(usual: Budget, steps: int | None, evaluations: int | None, seconds: float | None) -> Budget:  # fmt: skip
+def _budget(
+    usual: Budget, text: str | None, steps: int | None, evaluations: int | None, seconds: float | None
+) -> Budget:  # fmt: skip
+    """Put a budget together of "STEPS" or "STEPS/SECONDS" and the single options."""
+    if text is not None:
+        match = re.fullmatch(r"(\d+)?(?:/(\d+(?:\.\d+)?))?", text.strip())
+        if not match or not any(match.groups()):
+            raise ValueError(f"--budget takes STEPS, STEPS/SECONDS or /SECONDS, like 20 or 20/60, got {text!r}.")  # fmt: skip
+        if (match[1] and steps is not None) or (match[2] and seconds is not None):
+            raise ValueError("--budget says the same as --steps and --seconds; give one of them.")
+        steps = int(match[1]) if match[1] else steps
+        seconds = float(match[2]) if match[2] else seconds
     if seconds is not None and not seconds > 0:
         raise ValueError(f"--seconds must be positive, got {seconds}.")
     changes = {"steps": steps, "evaluations": evaluations, "seconds": seconds}

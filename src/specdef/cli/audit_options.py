@@ -46,11 +46,12 @@ Split = Annotated[str | None, _option(_DATA, "--split", help="Part of a data fol
 Columns = Annotated[str | None, _option(_DATA, "--columns", help="Columns of --data with other names, like text=body,label=gold.")]
 Task = Annotated[str | None, _option(_DATA, "--task", help="causal-lm, sequence-classification or image-classification, where config.json names no architecture.")]
 
-Suite = Annotated[str, _option(_SEARCH, "--suite", help="Version of the suite of attacks (docs/suite.md).")]
+Suite = Annotated[str, _option(_SEARCH, "--suite", help="Suite of attacks by version, or quick, standard, full for the newest (docs/suite.md).")]
 SuiteSize = Annotated[Size | None, _option(_SEARCH, "--size", help="quick: a few attacks, one seed. full: more steps, seeds and recipes [default: in between].")]
 Tiers = Annotated[str, _option(_SEARCH, "--tiers", help="Threat tiers, like 1-5 or 1,3.")]
 Only = Annotated[str | None, _option(_SEARCH, "--only", help="These attacks instead of the suite's; --list names them.")]
 Optimizers = Annotated[str | None, _option(_SEARCH, "--optimizers", help="Optimisers to sweep, for every attack, instead of its own; --list names them.")]
+BudgetText = Annotated[str | None, _option(_SEARCH, "--budget", help="What a run may cost: STEPS, or STEPS/SECONDS, like 20 or 20/60.")]
 Steps = Annotated[int | None, _option(_SEARCH, "--steps", help="Optimiser steps of a run [default: the suite's].")]
 Evaluations = Annotated[int | None, _option(_SEARCH, "--evaluations", help="How often a run is judged [default: the suite's].")]
 Seconds = Annotated[float | None, _option(_SEARCH, "--seconds", help="Training time after which a run ends [default: no limit].")]
