@@ -22,7 +22,8 @@ from specdef.errors import SpecDefError
 
 # Where the system grants large pages on request, let torch ask for them: every run of an attack touches fresh memory. It is read
 # when torch first allocates, so it must stand before torch is imported.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+if os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 app = typer.Typer(
     no_args_is_help=True,
