@@ -17,6 +17,7 @@ from specdef.attacks.trial import Prepared as Prepared
 from specdef.attacks.trial import Trial, Watch, cast_batches
 from specdef.lock.deformation.memory import explained_memory
 from specdef.lock.deformation.retain import measure_utility
+from specdef.lock.randomness import forked_rng
 
 _NAMING = ("name", "source", "summary")
 
@@ -93,9 +94,8 @@ class Attack(ABC):
         Returns:
             The run. A loss that is not finite is data, not an error.
         """
-        devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
         size = sum(p.numel() for p in model.parameters())
-        with torch.random.fork_rng(devices), explained_memory():
+        with forked_rng(model), explained_memory():
             torch.manual_seed(seed)
             began = time.perf_counter()
             victim = copy.deepcopy(model).eval().to(getattr(torch, setting.dtype))

@@ -16,6 +16,7 @@ from specdef.attacks.run import Pruned, Status
 from specdef.attacks.task import Budget, Setting, Task
 from specdef.curvature.losses import Batch
 from specdef.lock.deformation.data import batches_from
+from specdef.lock.deformation.optimizers import falling
 from specdef.lock.deformation.retain import measure_utility, task_loss, task_mean, to_device
 
 SAMPLE = 1 << 16
@@ -218,14 +219,7 @@ def rate_factor(setting: Setting, step: int, steps: int) -> float:
     warm = round(setting.warmup * steps)
     if step < warm:
         return (step + 1) / warm
-    done = (step - warm) / (steps - warm)
-    match setting.schedule:
-        case "constant":
-            return 1.0
-        case "linear":
-            return 1 - done
-        case "cosine":
-            return (1 + math.cos(math.pi * done)) / 2
+    return falling(setting.schedule, (step - warm) / (steps - warm))
 
 
 def _shortened(batch: Batch, setting: Setting) -> Batch:

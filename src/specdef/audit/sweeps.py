@@ -26,6 +26,7 @@ from specdef.audit.study import SweepResult, run_study
 from specdef.audit.suite import Entry
 from specdef.errors import SpecDefError
 from specdef.lock.deformation.retain import measure_utility
+from specdef.lock.randomness import forked_rng
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,8 +219,7 @@ class Sweeps:
     def _prepared(self, attack: Attack) -> Iterator[Prepared]:
         """Give what an attack makes of the unlocked model, with the first seed; the caller's random state stays as it was."""
         generator = torch.Generator().manual_seed(0)
-        devices = sorted({p.device.index or 0 for p in self._original.parameters() if p.is_cuda})
-        with torch.random.fork_rng(devices):
+        with forked_rng(self._original):
             torch.manual_seed(0)
             victim = copy.deepcopy(self._original).eval()
             yield attack.prepare(victim, self._task, original=self._original, generator=generator)

@@ -60,7 +60,7 @@ def reproduce(
     size: Annotated[
         Size,
         typer.Option(
-            help="cpu takes minutes (deformation, toy-locks: half an hour; smollm2-locks: hours); smoke takes seconds and shows "
+            help="cpu takes minutes (toy-locks: a quarter of an hour; deformation, smollm2-locks: half an hour); smoke takes seconds and shows "
             "that it runs; full, for calibration, takes SmolLM2; for deformation, the paper's 60,000 rows and 10 epochs; "
             "for smollm2-locks, 200 steps, on a GPU."
         ),

@@ -51,8 +51,7 @@ class PerTensor(torch.optim.Optimizer, ABC):
                     self.update(parameter, wide(parameter.grad), self.state[parameter], group)
 
     def _decay(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        if group["weight_decay"]:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        decay(parameter, group)
 
     @abstractmethod
     def update(
@@ -120,6 +119,12 @@ class PerTensorCurved(PerTensor):
         self._apply()
         self.count += 1
         return value
+
+
+def decay(parameter: Tensor, group: dict[str, Any]) -> None:
+    """Decay a parameter, decoupled from its gradient: w <- (1 - lr weight_decay) w, by its group's numbers."""
+    if group["weight_decay"]:
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from specdef.attacks.optimizers.base import Params
+from specdef.attacks.optimizers.base import Params, decay
 from specdef.errors import SpecDefError
 
 
@@ -93,6 +93,5 @@ class Rprop(torch.optim.Rprop):
 @torch.no_grad()
 def _decay(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
-        if group["weight_decay"]:
-            for parameter in group["params"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        for parameter in group["params"]:
+            decay(parameter, group)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdef.attacks.optimizers.base import Params, evaluated, wide
+from specdef.attacks.optimizers.base import Params, decay, evaluated, wide
 from specdef.attacks.optimizers.scales import row_and_column_scales, scales
 
 
@@ -118,8 +118,7 @@ class KFAC(torch.optim.Optimizer):
                     direction = self._outside(wide(parameter.grad), parameter, state)
                 if "m" not in state:
                     state["m"] = torch.zeros_like(direction)
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                decay(parameter, group)
                 state["m"].mul_(self.momentum).add_(direction)
                 parameter.sub_(state["m"], alpha=group["lr"])
         return value

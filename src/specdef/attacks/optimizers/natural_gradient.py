@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from specdef.attacks.optimizers.base import Params
+from specdef.attacks.optimizers.base import Params, decay
 from specdef.attacks.optimizers.scales import scales
 from specdef.errors import SpecDefError
 
@@ -109,8 +109,7 @@ class NaturalGradient(torch.optim.Optimizer):
         self.outputs = None
         for group in self.param_groups:
             for parameter in group["params"]:
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                decay(parameter, group)
                 parameter.sub_(next(directions), alpha=group["lr"] * factor)
         return value.detach()
 

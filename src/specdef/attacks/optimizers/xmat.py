@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdef.attacks.optimizers.base import Params, differentiate, gaussian, wide
+from specdef.attacks.optimizers.base import Params, decay, differentiate, gaussian, wide
 
 
 class XMat(torch.optim.Optimizer):
@@ -74,8 +74,7 @@ class XMat(torch.optim.Optimizer):
         pieces = iter(direction.split([p.numel() for p in parameters]))
         for group in self.param_groups:
             for parameter in group["params"]:
-                if group["weight_decay"]:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                decay(parameter, group)
                 parameter.sub_(next(pieces).view_as(parameter), alpha=group["lr"])
         return value
 

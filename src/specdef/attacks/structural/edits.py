@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdef.attacks.partial.parts import CONVOLUTIONS as CONVOLUTIONS
 from specdef.curvature.losses import Batch
 from specdef.lock.compensated import compensated_layers
 from specdef.lock.deformation.config import DeformationConfig
 from specdef.lock.deformation.matrices import find_matrices
 from specdef.lock.deformation.retain import to_device
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Chain(nn.Sequential):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from specdef.curvature.losses import Batch, Loss
@@ -31,6 +30,7 @@ from specdef.lock.deformation.state import (
     deferred_interrupt,
     restore_tensors,
 )
+from specdef.lock.randomness import forked_rng
 
 _DIVERGED_HINT = (
     "Lower the learning rate, clip gradients (max_grad_norm), or raise retain_weight towards 1."
@@ -90,10 +90,9 @@ def deform(
     if resume and (checkpoint is None or not checkpoint.exists()):
         raise CheckpointError("is not there to resume from", path=checkpoint or "checkpoint", hint="Leave --resume out.")  # fmt: skip
     train, held = split_held_out(retain, heldout)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with (
         _prepared(model, matrices, config.train),
-        torch.random.fork_rng(devices),
+        forked_rng(model),
         explained_memory(),
         deferred_interrupt(checkpoint is not None) as interrupted,
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,10 +53,25 @@ def rate_factor(config: DeformationConfig, step: int, steps: int, per_epoch: int
     >>> [rate_factor(DeformationConfig(), step, 6, 2) for step in (0, 1, 2)]
     [1.0, 1.0, 0.7]
     """
-    done = step / steps
-    match config.lr_schedule:
-        case "step":
-            return float(config.gamma ** (step // per_epoch))
+    if config.lr_schedule == "step":
+        return float(config.gamma ** (step // per_epoch))
+    return falling(config.lr_schedule, step / steps)
+
+
+def falling(schedule: Literal["constant", "linear", "cosine"], done: float) -> float:
+    """Return what the learning rate is multiplied by after a share of the steps.
+
+    Args:
+        schedule: linear and cosine end at 0.
+        done: Share of the steps that were taken.
+
+    Returns:
+        A factor in [0, 1].
+
+    >>> [round(falling("cosine", done), 3) for done in (0.0, 0.5, 1.0)]
+    [1.0, 0.5, 0.0]
+    """
+    match schedule:
         case "linear":
             return 1 - done
         case "cosine":
