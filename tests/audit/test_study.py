@@ -24,7 +24,7 @@ from tests import audit_toys as toys
 
 from specdef.attacks.run import Run
 from specdef.audit.grid import Sweep, Tried, outcomes
-from specdef.audit.sampler import PARAMETER, RETRIES
+from specdef.audit.sampler import PARAMETER, RANGE, RETRIES
 from specdef.audit.storage import drop_unfinished_line, open_storage, silent_optuna
 from specdef.audit.study import facts, json_safe, run_from_json, run_study
 from specdef.audit.workers import Watchman
@@ -100,6 +100,23 @@ def test_an_error_in_a_run_is_told_and_the_rate_is_tried_again() -> None:
     with pytest.raises(SpecDefError, match="no memory"):
         run_study(storage, "study", toys.SWEEP, fail, start=1.0, initial=1.0, steps=4)
     assert written(alone(storage)) == written(alone())
+
+
+def test_a_rate_lost_with_its_worker_is_run_though_the_search_has_gone_on() -> None:
+    storage = open_storage(None)
+    complete = alone(storage)
+    between = 2.34e-3  # of no grid: the search itself would never come back to it
+    with silent_optuna():
+        study = optuna.load_study(study_name="study", storage=storage)
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.FAIL, params={PARAMETER: between}, distributions={PARAMETER: RANGE}
+            )
+        )
+    again = alone(storage)
+    assert {r.setting.learning_rate for r in again} == {between} | {
+        r.setting.learning_rate for r in complete
+    }
 
 
 def test_a_run_survives_json() -> None:

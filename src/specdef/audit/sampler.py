@@ -71,7 +71,7 @@ class LearningRateSampler(BaseSampler):
                 t.state is TrialState.RUNNING and PARAMETER not in t.params for t in earlier
             )
             if not choosing:
-                rate = next_rate(tried(earlier), self._sweep)
+                rate = wanted(earlier, self._sweep)
                 if rate is not None:
                     return {PARAMETER: rate}
                 if finished(earlier):
@@ -119,13 +119,36 @@ class LearningRateSampler(BaseSampler):
             return
         if not finished(others):
             return
-        if next_rate(tried([*others, trial], own=trial), self._sweep) is None:
+        if wanted([*others, trial], self._sweep, own=trial) is None:
             study.stop()
 
 
 def finished(trials: Sequence[FrozenTrial]) -> bool:
     """Tell whether no rate is being run. Trials that wait for one do not count: workers would wait for each other's for ever."""
     return not any(t.state is TrialState.RUNNING and PARAMETER in t.params for t in trials)
+
+
+def wanted(
+    trials: Sequence[FrozenTrial], sweep: Sweep, own: FrozenTrial | None = None
+) -> float | None:
+    """Return the rate to run next: one that was lost with its worker, else what `next_rate` asks for.
+
+    The search goes on while a worker is dead and not yet known to be, and need not come back to what that one had begun.
+
+    Args:
+        trials: All trials that matter.
+        sweep: The configuration.
+        own: A trial that has just ended, though its state may not say so yet.
+
+    Returns:
+        A rate; None if there is none to try.
+    """
+    known = tried(trials, own)
+    taken = {t.rate for t in known}
+    for t in trials:
+        if t.state is TrialState.FAIL and t.params.get(PARAMETER) not in (None, *taken):
+            return float(t.params[PARAMETER])
+    return next_rate(known, sweep)
 
 
 def tried(trials: Sequence[FrozenTrial], own: FrozenTrial | None = None) -> list[Tried]:

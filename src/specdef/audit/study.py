@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from specdef.attacks.run import Pruned, Run
-from specdef.audit.grid import Sweep, next_rate
+from specdef.audit.grid import Sweep
 from specdef.audit.pruner import SweepPruner, blown
 from specdef.audit.sampler import (
     INTERRUPTED,
@@ -21,7 +21,7 @@ from specdef.audit.sampler import (
     RANGE,
     LearningRateSampler,
     finished,
-    tried,
+    wanted,
 )
 from specdef.audit.storage import FAILURES, open_storage, silent_optuna
 from specdef.audit.workers import Watchman, claim
@@ -204,7 +204,7 @@ def _open(study: optuna.Study, sweep: Sweep, watchman: Watchman) -> bool:
     """Tell whether a study has anything left to run or to wait for."""
     watchman.bury(study)
     trials = study.get_trials(deepcopy=False)
-    return not finished(trials) or next_rate(tried(trials), sweep) is not None
+    return not finished(trials) or wanted(trials, sweep) is not None
 
 
 def _still(study: optuna.Study, idle: Callable[[], Run] | None) -> dict[int, float]:
