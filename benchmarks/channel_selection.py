@@ -34,6 +34,7 @@ from specdef.weights.source import MemorySource
 CONTROL_RATES = (5e-5, 1e-4, 2e-4, 3e-4)
 MILD_RATES = (1e-5, 3e-6, 1e-6, 3e-7, 1e-7)
 STEEP_RATES = (1e-8, 1e-9, 3e-10, 1e-10, 3e-11, 1e-11, 1e-12)
+LOW_RATES = (1e-12, 1e-13, 1e-14, 3e-15, 1e-15, 3e-16, 1e-16, 1e-17)
 """Each sweep goes from where the design diverges to where nothing moves; `at_edge` says if it did not."""
 
 Statistic = Callable[[Site], torch.Tensor]
@@ -152,12 +153,14 @@ def main() -> None:
         return {"start": runs[0].losses[0], "best": winner.best, "learning_rate": winner.setting.learning_rate,
                 "at_edge": winner.setting.learning_rate in (rates[0], rates[-1]), "best_by_rate": losses}  # fmt: skip
 
-    convex = specdef.LockConfig()
+    convex, strongest = specdef.LockConfig.preset("convex"), specdef.LockConfig.preset("max")
     designs = {
         "unlocked": (None, None, CONTROL_RATES),
-        "uniform 2^10, most active": (None, specdef.LockConfig(scale=2.0**10, schedule="uniform", channel="most-active"), MILD_RATES),
+        "uniform 2^10, most active": (None, specdef.LockConfig.preset("uniform"), MILD_RATES),
         "convex, calibrated": (scores, convex, STEEP_RATES),
-        "convex, data-free (the default: site order, largest producer)": (None, convex, STEEP_RATES),
+        "max, calibrated": (scores, strongest, LOW_RATES),
+        "max, data-free (the default)": (None, strongest, LOW_RATES),
+        "convex, data-free (site order, largest producer)": (None, convex, STEEP_RATES),
         "convex, site order, smallest product": (site_order(sites, found["product"], largest=False), convex, STEEP_RATES),
         "convex, ordered by smallest product": ({s.name: found["product"](s) for s in sites}, convex, MILD_RATES),
     }  # fmt: skip

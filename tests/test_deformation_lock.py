@@ -30,6 +30,7 @@ from specdef.lock.certificate import _digest, load_certificate
 from specdef.lock.compensated import Compensated
 from specdef.lock.deformation.retain import measure_utility
 from specdef.lock.residual import decode_residual, encode_residual
+from specdef.lock.stack import Lock, set_locks
 from specdef.models.tiny import tiny_inputs, tiny_model
 
 FAST = DeformationConfig(steps=3, optimizer="adamw", learning_rate=1e-3, max_utility_loss=None)
@@ -300,7 +301,7 @@ def test_unlock_model_refuses_a_foreign_or_damaged_key_and_changes_nothing(metho
     if key.residuals:
         name = sorted(key.residuals)[-1]
         damaged = {**key.residuals, name: torch.frombuffer(bytearray(zlib.compress(b"?")), dtype=torch.uint8)}  # fmt: skip
-        model._specdef_lock_id = replace(key, residuals=damaged).lock_id
+        set_locks(model, (Lock("deformation", replace(key, residuals=damaged).lock_id),))
         with pytest.raises(CheckpointError, match="damaged"):
             specdef.unlock_model(model, replace(key, residuals=damaged))
     assert same(state(model), before)

@@ -14,7 +14,8 @@ from specdef.weights.checkpoint import Checkpoint
 from specdef.weights.folder import COMPENSATION_NAME, file_sha256
 
 ABSORBED = {
-    "convex": specdef.LockConfig(scale=2.0**24),
+    "max": specdef.LockConfig(),
+    "convex": specdef.LockConfig.preset("convex"),
     "staggered": specdef.LockConfig(scale=2.0**18, schedule="staggered"),
     "uniform most active": specdef.LockConfig(
         scale=1024, schedule="uniform", channel="most-active"
@@ -36,6 +37,8 @@ def test_absorbed_keeps_every_bit_and_unlocks(family, recipe, tiny_folder, tmp_p
     source = tiny_folder(family)
     certificate = specdef.lock_checkpoint(source, tmp_path / "locked", ABSORBED[recipe])
     assert certificate.sites and 0 < certificate.tensors_changed <= certificate.tensors_total
+    sides = {record["side"] for record in certificate.sites}
+    assert sides == ({"readers", "writers"} if recipe == "max" else {"readers"})
     assert certificate.sigma_max_after > 10 * certificate.sigma_max_before
     result = specdef.verify_checkpoint(tmp_path / "locked", source, certificate.key)
     assert result.valid and result.bit_identical, result.problems
@@ -48,11 +51,13 @@ def test_absorbed_keeps_every_bit_and_unlocks(family, recipe, tiny_folder, tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("recipe", ["max", "convex"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "resnet"])
-def test_absorbed_in_other_stored_dtypes(family, dtype, tiny_folder, tmp_path):
+def test_absorbed_in_other_stored_dtypes(family, recipe, dtype, tiny_folder, tmp_path):
     source = tiny_folder(family, dtype)
-    certificate = specdef.lock_checkpoint(source, tmp_path / "locked", ABSORBED["convex"])
-    assert specdef.verify_checkpoint(tmp_path / "locked", source, certificate.key).valid
+    certificate = specdef.lock_checkpoint(source, tmp_path / "locked", ABSORBED[recipe])
+    result = specdef.verify_checkpoint(tmp_path / "locked", source, certificate.key)
+    assert result.valid and result.bit_identical, result.problems
     specdef.unlock_checkpoint(tmp_path / "locked", tmp_path / "back", certificate.key)
     assert files(tmp_path / "back") == files(source)
 

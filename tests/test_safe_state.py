@@ -48,16 +48,27 @@ def test_a_lock_in_memory_that_does_not_fit_changes_nothing():
     assert same(state(model), before)
 
 
-def test_a_lock_in_memory_takes_another_channel_where_one_does_not_fit():
+@pytest.mark.parametrize("side", ["readers", "writers"])
+def test_a_lock_in_memory_takes_another_channel_where_one_does_not_fit(side):
     source = tiny_model("llama")
     config = specdef.LockConfig(scale=2.0**70)
-    top = specdef.lock_model(tiny_model("llama"), config).certificate.sites[0]
+
+    def highest(model):
+        sites = specdef.lock_model(model, config).certificate.sites
+        return next(site for site in sites if site["side"] == side)  # the highest exponents first
+
+    top = highest(tiny_model("llama"))
+    # An entry that the lock would divide by 2^70, and lose.
+    small = top["covers"][0]
     with torch.no_grad():
-        source.get_parameter(top["covers"][0])[3, top["channel"]] = 1e-25
+        if side == "readers":
+            source.get_parameter(small)[3, top["channel"]] = 1e-25
+        else:
+            source.get_parameter(small)[top["channel"]] = 1e-25
     inputs = tiny_inputs("llama")
     with torch.no_grad():
         before = source(**inputs).logits
-        found = specdef.lock_model(source, config).certificate.sites[0]
+        found = highest(source)
         assert torch.equal(source(**inputs).logits, before)
     assert found["name"] == top["name"] and found["channel"] != top["channel"]
 

@@ -17,7 +17,13 @@ from specdef.attacks.task import Budget, Setting, Task
 from specdef.errors import SpecDefError
 from specdef.models.tiny import tiny_model
 
-NOT_ON_AN_UNLOCKED_LLAMA = {"merge", "freeze-inserted", "known-scale", "base-diff"}
+NOT_ON_AN_UNLOCKED_LLAMA = {
+    "only-last-four",
+    "merge",
+    "freeze-inserted",
+    "known-scale",
+    "base-diff",
+}
 """Attacks on layers or scales that only a lock brings, or on an original that is not public."""
 
 

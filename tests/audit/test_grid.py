@@ -149,7 +149,26 @@ def test_it_refines_to_a_quarter_at_the_edge_of_stability() -> None:
 def test_where_everything_diverges_it_walks_down_to_the_end_of_float32() -> None:
     found = search(lambda rate: GONE)
     assert min(found) == pytest.approx(LOWEST) and max(found) == ORDINARY.high
-    assert len(found) == 35  # decades alone: nothing to refine
+    assert len(found) == 39  # decades alone: nothing to refine
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4])
+@pytest.mark.parametrize("low", [1e-6, 1e-5, 1e-4])
+def test_a_stride_ends_where_float32_ends_too(low: float, stride: int) -> None:
+    found = search(lambda rate: GONE, replace(ORDINARY, low=low, stride=stride))
+    assert min(found) == pytest.approx(LOWEST)
+    assert len(found) <= 6 + math.ceil(36 / stride)
+
+
+@pytest.mark.parametrize("edge", range(-28, -6))
+def test_a_stride_finds_what_single_decades_find(edge: int) -> None:
+    def behind(rate: float) -> Fields:
+        x = math.log10(rate) - edge
+        return GONE if x > 0.3 else level(1 - 0.3 * 10 ** min(0.0, x))
+
+    plain, strided = (search(behind, replace(ORDINARY, stride=stride)) for stride in (1, 3))
+    assert min(t.best for t in strided.values()) == min(t.best for t in plain.values())
+    assert len(strided) <= len(plain) + 3
 
 
 def test_where_nothing_moves_it_looks_up_and_not_down() -> None:

@@ -79,7 +79,7 @@ def test_options_reach_the_experiment(run, tmp_path, monkeypatch) -> None:
         (["figure1", "--size", "huge"], "huge"),
         (
             ["figure1", "--size", "full"],
-            "--size full is for calibration, deformation, smollm2-locks, not for figure1",
+            "--size full is for calibration, deformation, smollm2-locks",
         ),
         (["figure1", "--seeds", "0"], "--seeds must be at least 1"),
         (["calibration", "--seeds", "2"], "calibration takes one seed"),

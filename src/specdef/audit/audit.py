@@ -20,7 +20,7 @@ from specdef.audit.cell import Cell, Reference, learns, make_cell
 from specdef.audit.report import AuditReport, Curve
 from specdef.audit.storage import open_storage
 from specdef.audit.study import SweepResult
-from specdef.audit.suite import Entry, entries, find_suite, with_key
+from specdef.audit.suite import Entry, Suite, entries, find_suite, with_key
 from specdef.audit.sweeps import Progress, Sweeps
 from specdef.audit.verdict import TIERS, overall, tier_verdict
 from specdef.errors import SpecDefError
@@ -36,7 +36,7 @@ def audit(
     tiers: Iterable[int] = range(1, 7),
     budget: Budget | None = None,
     seeds: int | None = None,
-    suite: str = "2026.1",
+    suite: str | Suite = "2026.1",
     dtype: Precision = "float32",
     key: str | Path | None = None,
     storage: str | Path | None = None,
@@ -57,7 +57,7 @@ def audit(
         tiers: Threat tiers to test.
         budget: What a run may cost; None takes the suite's.
         seeds: Seeds per side; None takes the suite's.
-        suite: Name of the suite.
+        suite: Name of the suite, or one of one's own.
         dtype: Precision both sides train in, but for recipes that name their own.
         key: File of the lock's key, for the attack known-scale, which is then run too.
         storage: File or address of a database that keeps the studies; None keeps them in memory.
@@ -90,7 +90,7 @@ def audit(
     cost = budget or recipe.budget
     sweeps = Sweeps(
         locked, original, task, budget=cost, seeds=count, storage=open_storage(storage), baseline=baseline,
-        dtype=dtype, max_trials=recipe.max_trials, whole=recipe.whole_sweeps, refine=recipe.refine, progress=progress,
+        dtype=dtype, max_trials=recipe.max_trials, whole=recipe.whole_sweeps, refine=recipe.refine, stride=recipe.stride, progress=progress,
     )  # fmt: skip
     sweeps.cells = len(plan)
     curves: list[Curve] = []

@@ -71,6 +71,21 @@ def task_digest(task: Task) -> str:
     return digest.hexdigest()
 
 
+def batches_digest(batches: Sequence[Any]) -> str:
+    """Return a digest of batches in their order.
+
+    Args:
+        batches: Tensors in dicts, lists or tuples.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(str(len(batches)).encode())
+    for batch in batches:
+        _add(digest, batch)
+    return digest.hexdigest()
+
+
 def study_digest(*parts: object) -> str:
     """Return a short digest of digests and settings, for the name of a study."""
     return _text(*(str(part) for part in parts))[:16]

@@ -32,6 +32,7 @@ class Suite:
         max_trials: Runs per sweep at most.
         whole_sweeps: Every seed searches for both ends; otherwise the first does, and the others search around its best.
         refine: Sweeps go to half and quarter decades around the best; otherwise they stay with whole decades.
+        stride: Decades between rates below an optimiser's ordinary range, until a sweep knows where it matters.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Suite:
     max_trials: int = 60
     whole_sweeps: bool = False
     refine: bool = True
+    stride: int = 3
 
 
 _VARIANTS: tuple[tuple[str, str, Changes], ...] = (
@@ -68,7 +70,7 @@ SUITES: dict[str, Suite] = {
         ),
         Suite(name="2026.1", variants=_VARIANTS[:1], budget=Budget(steps=20, evaluations=10)),
         Suite(
-            name="2026.1-full", variants=_VARIANTS, budget=Budget(steps=200, evaluations=20), seeds=5, whole_sweeps=True,
+            name="2026.1-full", variants=_VARIANTS, budget=Budget(steps=200, evaluations=20), seeds=5, whole_sweeps=True, stride=1,
         ),
     )
 }  # fmt: skip
@@ -97,11 +99,11 @@ class Entry:
     changes: Changes = field(default_factory=lambda: _USUAL)
 
 
-def find_suite(name: str) -> Suite:
+def find_suite(name: str | Suite) -> Suite:
     """Look a suite up.
 
     Args:
-        name: Key of `SUITES` or of `LATEST`.
+        name: Key of `SUITES` or of `LATEST`; a suite stays what it is.
 
     Returns:
         The suite.
@@ -109,6 +111,8 @@ def find_suite(name: str) -> Suite:
     Raises:
         SpecDefError: There is no such suite.
     """
+    if isinstance(name, Suite):
+        return name
     full = LATEST.get(name, name)
     if full not in SUITES:
         close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0)

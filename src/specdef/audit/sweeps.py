@@ -71,6 +71,7 @@ class Sweeps:
         max_trials: Runs per sweep at most.
         whole: Every seed searches for both ends.
         refine: Sweeps refine around the best.
+        stride: Decades between rates below the ordinary range, at first.
         progress: Told after every run.
     """
 
@@ -88,12 +89,13 @@ class Sweeps:
         max_trials: int,
         whole: bool,
         refine: bool,
+        stride: int = 1,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._locked, self._original, self._task = locked, original, task
         self._budget, self._seeds, self._storage = budget, seeds, storage
         self._start, self._max_trials = baseline.start, max_trials
-        self._whole, self._refine = whole, refine
+        self._whole, self._refine, self._stride = whole, refine, stride
         self._initial = max(
             x for x in (baseline.start, baseline.original, baseline.locked) if math.isfinite(x)
         )
@@ -165,7 +167,7 @@ class Sweeps:
             around = None
             if found and not self._whole and not rates:
                 around = found[0].best.setting.learning_rate
-            sweep = Sweep(low=low, high=high, rates=rates, around=around, gain=gain, max_trials=self._max_trials, refine=self._refine)  # fmt: skip
+            sweep = Sweep(low=low, high=high, rates=rates, around=around, gain=gain, max_trials=self._max_trials, refine=self._refine, stride=self._stride)  # fmt: skip
             found.append(self._sweep(attack, entry, side, model, digest, sweep, seed, start))
             if side == "control" and not found[0].best.best < self._start:
                 break

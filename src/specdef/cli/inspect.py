@@ -154,17 +154,14 @@ def inspect_sites(checkpoint: Checkpoint) -> dict[str, Any]:
     Returns:
         sites, uncovered, plan; where there can be none (a family without a table, a locked folder), `sites_error`.
     """
-    from specdef.errors import CheckpointError, SpecDefError
+    from specdef.errors import SpecDefError
     from specdef.lock.config import LockConfig
     from specdef.lock.lock import plan_lock
+    from specdef.lock.stack import lower_lock
     from specdef.symmetries import find_sites
-    from specdef.weights.folder import CERTIFICATE_NAME
 
     try:
-        if (checkpoint.folder / CERTIFICATE_NAME).exists():
-            raise CheckpointError(
-                "is locked already", path=checkpoint.folder, hint="Inspect the original for a plan."
-            )
+        lower_lock(checkpoint, LockConfig().method)
         found = find_sites(checkpoint.config, checkpoint.shapes)
         checkpoint.require_float()
         plan = plan_lock(checkpoint, LockConfig())
@@ -185,7 +182,7 @@ def inspect_sites(checkpoint: Checkpoint) -> dict[str, Any]:
         ],
         "uncovered": [{"tensor": name, "reason": reason} for name, reason in plan.uncovered.items()],
         "plan": {
-            "method": plan.method, "sites": len(plan.sites), "tensors_changed": len(plan.tensors_changed),
+            "method": plan.method, "sites": plan.num_sites, "tensors_changed": len(plan.tensors_changed),
             "bytes_read": checkpoint.nbytes, "bytes_written": output_bytes(checkpoint.nbytes, plan),
             "largest_tensor": largest.name, "largest_tensor_bytes": largest.nbytes, "notes": list(plan.notes),
         },

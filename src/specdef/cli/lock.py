@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,31 +15,39 @@ from specdef.cli.common import (
     Json,
     Seed,
     find_model,
-    human_bytes,
-    output_bytes,
     parse_layers,
     parse_modules,
-    print_json,
     progress_bar,
-    say,
 )
 from specdef.cli.lock_options import Method
+from specdef.cli.lock_report import dry_run as show_plan
+from specdef.cli.lock_report import finish
 from specdef.errors import SpecDefError
 
-if TYPE_CHECKING:
-    from specdef.lock.certificate import LockCertificate
-    from specdef.lock.config import LockConfig
 
-CHECK_BELOW = 2_000_000_000
-"""Bytes of weights up to which outputs are compared after locking unless told otherwise."""
+class Strength(StrEnum):
+    """Designs of the absorbed lock."""
+
+    max = "max"
+    convex = "convex"
+    staggered = "staggered"
+    uniform = "uniform"
 
 
 class Schedule(StrEnum):
     """Schedules of the absorbed lock."""
 
+    covering = "covering"
     convex = "convex"
     staggered = "staggered"
     uniform = "uniform"
+
+
+class Sides(StrEnum):
+    """What the covering schedule makes explosive."""
+
+    both = "both"
+    readers = "readers"
 
 
 class Channel(StrEnum):
@@ -63,25 +69,61 @@ def lock(
     key: Annotated[
         Path | None, typer.Option(help="Where the key goes [default: OUT.key.safetensors].")
     ] = None,
+    strength: Annotated[
+        Strength,
+        typer.Option(
+            help="Design of the absorbed lock: max is the strongest known; the options below change a part of it."
+        ),
+    ] = Strength.max,
     scale: Annotated[
-        float | None, typer.Option(help="Largest multiplier [default: 2^30 absorbed, 1e4 others].")
+        float | None,
+        typer.Option(
+            help="Largest multiplier [default: 2^48 for max; 2^30, 2^22, 2^10 for the other designs; 1e4 for other methods]."
+        ),
     ] = None,
     min_scale: Annotated[
-        float, typer.Option(help="Smallest multiplier of a schedule (absorbed).")
-    ] = 2.0**8,
+        float | None,
+        typer.Option(help="Smallest multiplier of a schedule (absorbed) [default: 2^8]."),
+    ] = None,
     schedule: Annotated[
-        Schedule, typer.Option(help="How scales are spread over the sites (absorbed).")
-    ] = Schedule.convex,
-    power: Annotated[int, typer.Option(help="Exponent of the convex schedule (absorbed).")] = 16,
+        Schedule | None,
+        typer.Option(
+            help="How scales are spread over the sites (absorbed) [default: that of --strength]."
+        ),
+    ] = None,
+    gap: Annotated[
+        int | None,
+        typer.Option(help="Octaves between the levels of layers (covering) [default: 7]."),
+    ] = None,
+    slack: Annotated[
+        int | None,
+        typer.Option(
+            help="Octaves by which a layer's columns lie below its norms (covering) [default: 8]."
+        ),
+    ] = None,
+    sides: Annotated[
+        Sides | None,
+        typer.Option(
+            help="What becomes explosive (covering): both, or only what reads a channel [default: both]."
+        ),
+    ] = None,
+    power: Annotated[
+        int | None, typer.Option(help="Exponent of the convex schedule (absorbed) [default: 16].")
+    ] = None,
     channel: Annotated[
-        Channel, typer.Option(help="Which channel of a site is scaled (absorbed).")
-    ] = Channel.least_useful,
+        Channel | None,
+        typer.Option(
+            help="Which channel of a site is scaled (absorbed) [default: least-useful; uniform: most-active]."
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
             help="Text or JSONL file to choose channels on, or 'builtin'; without it they are chosen from the weights alone (absorbed)."
         ),
     ] = None,
+    search: option.Search = None,
+    search_steps: option.SearchSteps = None,
     k: option.K = None,
     num_layers: Annotated[
         int, typer.Option(help="Blocks locked where --layers is not given (compensated, scaled).")
@@ -179,62 +221,44 @@ def lock(
             return
         certificate, drawn = job.lock()
         path = str(drawn) if drawn else None
-        _finish(folder, certificate, check, sign, device=device, as_json=json, files={"plot": path})
+        finish(folder, certificate, check, sign, device=device, as_json=json, files={"plot": path})
         return
-    from specdef.lock.config import LockConfig
+    from specdef.lock.config import PRESETS, LockConfig
 
+    options = {
+        "scale": scale, "min_scale": min_scale, "schedule": schedule, "gap": gap, "slack": slack, "sides": sides, "power": power, "channel": channel,
+    }  # fmt: skip
+    given = {n: getattr(v, "value", v) for n, v in options.items() if v is not None}
+    chosen: dict[str, Any] = PRESETS[strength.value] if method is Method.absorbed else {}
     recipe = LockConfig(
         method=method.value,  # type: ignore[arg-type]
-        scale=scale, min_scale=min_scale, schedule=schedule.value, power=power,
-        channel=channel.value, k=25 if k is None else k, num_layers=num_layers, target_modules=parse_modules(target_modules),
-        layers=parse_layers(layers), storage_dtype=storage_dtype,
+        **{**chosen, **given}, k=25 if k is None else k, num_layers=num_layers,
+        target_modules=parse_modules(target_modules), layers=parse_layers(layers), storage_dtype=storage_dtype,
         max_relative_error=max_relative_error, seed=seed,
     )  # fmt: skip
     from specdef.lock.lock import lock_checkpoint
 
     folder = find_model(model, quiet=json)
     batches = _calibration(calibration, folder, seed) if method is Method.absorbed else None
+    design, notes, extra = None, [], {}
+    if search is not None or search_steps is not None:
+        from specdef.cli.lock_search import Search
+
+        design = Search(folder=folder, out=out, base=recipe, batches=batches, trials=search, steps=search_steps, device=device, keep=not dry_run)  # fmt: skip
+        found = design.run()
+        recipe, batches = found.best, design.calibration
+        notes, extra = [found.sentence()], {"search": found.to_dict()}
     if dry_run:
-        _dry_run(folder, out, recipe, batches, as_json=json)
+        show_plan(folder, out, recipe, batches, as_json=json, notes=notes, extra=extra)
         return
     with progress_bar("lock") as (progress, status):
         certificate = lock_checkpoint(
             folder, out, recipe, key_path=key, calibration=batches, source_name=_source_name(model, folder),
-            progress=progress, status=None if json else status,
+            progress=progress, status=None if json else status, notes=notes,
         )  # fmt: skip
-    _finish(folder, certificate, check, sign, device=device, as_json=json, files={})
-
-
-def _finish(
-    folder: Path,
-    certificate: LockCertificate,
-    check: bool | None,
-    sign: Path | None,
-    *,
-    device: str,
-    as_json: bool,
-    files: dict[str, str | None],
-) -> None:
-    """Compare outputs, sign, and say what was done."""
-    out = Path(certificate.certificate).parent
-    certificate, identical = _check(folder, out, certificate, check, device=device, quiet=as_json)
-    if sign:
-        from specdef.lock.signing import sign_folder
-
-        say(f"signature: {sign_folder(out, sign)}")
-    values = certificate.to_dict()
-    for large in ("tensors", "files"):
-        values.pop(large)
-    values |= {"outputs_identical": identical, **files}
-    if as_json:
-        print_json(values)
-    _summary(certificate)
-    if certificate.bit_identical and identical is False:
-        say("FINDING: outputs are not bit-identical to the original's; do not publish this folder")
-        raise typer.Exit(1)
-    if check and identical is None:
-        say("FINDING: outputs could not be compared, though --check asks for it")
-        raise typer.Exit(1)
+    if design:
+        design.forget()
+    finish(folder, certificate, check, sign, device=device, as_json=json, files=extra)
 
 
 def _floor(text: str) -> float | None:
@@ -274,128 +298,3 @@ def _calibration(choice: str | None, folder: Path, seed: int) -> Any:
         ) from error
     source = load_text("sotu") if choice == "builtin" else Path(choice)
     return token_batches(source, tokenizer, batch_size=4, length=128, num_batches=8, seed=seed)
-
-
-def _dry_run(folder: Path, out: Path, recipe: LockConfig, batches: Any, *, as_json: bool) -> None:
-    from specdef.lock.certificate import count_reasons
-    from specdef.lock.lock import calibrate_checkpoint, open_lockable, plan_lock
-
-    checkpoint = open_lockable(folder, out)  # what a real run refuses, a dry run refuses too
-    scores = calibrate_checkpoint(checkpoint, batches, recipe) if batches is not None else None
-    plan = plan_lock(checkpoint, recipe, scores=scores)
-    _, dropped = checkpoint.other_files()
-    written = output_bytes(checkpoint.nbytes, plan)
-    values: dict[str, Any] = {
-        "method": plan.method,
-        "dry_run": True,
-        "out": str(out),
-        "sites": [record.to_dict() for record in plan.sites],
-        "tensors_total": len(checkpoint.names),
-        "tensors_changed": len(plan.tensors_changed),
-        "bytes_read": checkpoint.nbytes,
-        "bytes_written": written,
-        "sigma_max_before": plan.sigma_max_before,
-        "sigma_max_after": plan.sigma_max_after,
-        "uncovered": count_reasons(plan.uncovered),
-        "dropped": dropped,
-        "notes": list(plan.notes),
-    }
-    if as_json:
-        print_json(values)
-    say(
-        f"{plan.method} lock of {len(plan.sites)} sites, {values['tensors_changed']} of {values['tensors_total']} tensors change"
-    )
-    say(f"reads {human_bytes(checkpoint.nbytes)}, writes {human_bytes(written)} to {out}")
-    for record in plan.sites[:8]:
-        where = f"channel {record.channel}" if record.channel is not None else f"top {record.k}"
-        say(f"  {record.name:60} {where:14} x {record.scale:.4g}")
-    if len(plan.sites) > 8:
-        say(f"  … and {len(plan.sites) - 8} more (--json lists them)")
-    _say_limits(values["uncovered"], dropped, plan.notes)
-    say("dry run: nothing was written")
-
-
-def _check(
-    folder: Path,
-    out: Path,
-    certificate: LockCertificate,
-    check: bool | None,
-    *,
-    device: str,
-    quiet: bool,
-) -> tuple[LockCertificate, bool | None]:
-    """Compare outputs, record the difference in the certificate, and say whether they are identical.
-
-    Card and notes say so where bit identity was promised and did not hold; the promise stays, so that `verify` fails.
-
-    Returns:
-        The certificate as it stands now, and the verdict; None where nothing was compared.
-    """
-    from specdef.errors import CheckpointError
-    from specdef.lock.card import write_card
-    from specdef.lock.verify import DTYPES, compare_outputs
-    from specdef.weights.checkpoint import Checkpoint
-
-    if check is None:
-        equal = certificate.method not in ("scaled", "deformation")
-        check = equal and Checkpoint.open(folder).nbytes < CHECK_BELOW
-    if not check:
-        return certificate, None
-    results = []
-    for dtype in DTYPES:
-        if not quiet:
-            say(f"lock: comparing outputs in {dtype}")
-        try:
-            results.append(compare_outputs(out, folder, dtype, device=device))
-        except CheckpointError as error:
-            say(f"outputs were not compared: {error}")
-            return certificate, None
-    identical = all(r.bit_identical for r in results)
-    differences = {r.dtype: r.max_abs_logit_difference for r in results}
-    certificate = replace(
-        certificate,
-        output_difference={d: x for d, x in differences.items() if math.isfinite(x)},
-        notes=[
-            *certificate.notes,
-            *(
-                f"Outputs in {d} are not finite."
-                for d, x in differences.items()
-                if not math.isfinite(x)
-            ),
-        ],
-    )
-    if certificate.bit_identical and not identical:
-        broken = "Outputs are not those of the original, though they should be: do not publish this folder."
-        certificate = replace(certificate, notes=[*certificate.notes, broken])
-        write_card(out, certificate)
-    certificate.write(out)
-    return certificate, identical
-
-
-def _summary(certificate: LockCertificate) -> None:
-    say(
-        f"locked {len(certificate.sites)} sites ({certificate.method}), {certificate.tensors_changed} of "
-        f"{certificate.tensors_total} tensors changed, in {certificate.seconds:.1f} s"
-    )
-    if certificate.training:
-        from specdef.cli.lock_deformation import say_training
-
-        say_training(certificate)
-    say(
-        f"sigma_max of the most deformed matrix: {certificate.sigma_max_before:.4g} -> {certificate.sigma_max_after:.4g}"
-    )
-    for dtype, difference in certificate.output_difference.items():
-        say(f"largest difference of the outputs in {dtype}: {difference:.3g}")
-    say(f"key: {certificate.key} (keep it private; without it the original is not restored)")
-    say(f"certificate: {certificate.certificate}")
-    _say_limits(certificate.uncovered, certificate.dropped, certificate.notes)
-    say(f"what this does not stop: {certificate.threat_model}")
-
-
-def _say_limits(uncovered: Any, dropped: Any, notes: Any) -> None:
-    for reason, count in uncovered.items():
-        say(f"not covered: {count} inputs ({reason})")
-    if dropped:
-        say(f"not carried over, being other copies of the weights: {', '.join(dropped)}")
-    for note in notes:
-        say(f"note: {note}")

@@ -196,7 +196,7 @@ class Deformation:
         from specdef.cli.task_model import load_task_model
         from specdef.lock.lock import open_lockable
 
-        opened = open_lockable(self.folder, self.out)  # before the model, which takes time
+        opened = open_lockable(self.folder, self.out, "deformation")  # before the model
         wide = any(info.dtype == "F64" for info in opened.infos.values())
         loaded = load_task_model(
             self.folder, task=self.data.task, dtype="float64" if wide else "float32", device=self.device

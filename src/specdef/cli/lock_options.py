@@ -69,6 +69,17 @@ def _option(panel: str, *names: str, help: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
+Search = Annotated[
+    int | None,
+    typer.Option(
+        "--search",
+        help="Try so many designs, the given one first, and lock by the one whose best attack gains least on half of the calibration text (absorbed, covering).",
+    ),
+]
+SearchSteps = Annotated[
+    int | None,
+    typer.Option("--search-steps", help="Steps of every attack of --search [default: 10]."),
+]
 K = Annotated[
     int | None,
     typer.Option(
@@ -121,7 +132,10 @@ _PROJECTED = frozenset(("scale", "k", "num_layers", "storage_dtype", "max_relati
 
 OWN: dict[Method, frozenset[str]] = {
     Method.absorbed: frozenset(
-        ("scale", "min_scale", "schedule", "power", "channel", "calibration")
+        (
+            *("strength", "scale", "min_scale", "schedule", "gap", "slack", "sides", "power"),
+            *("channel", "calibration", "search", "search_steps"),
+        )
     ),
     Method.compensated: _PROJECTED,
     Method.scaled: _PROJECTED,

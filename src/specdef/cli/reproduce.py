@@ -31,6 +31,10 @@ class Experiment(StrEnum):
     deformation = "deformation"
     toy_locks = "toy-locks"
     smollm2_locks = "smollm2-locks"
+    composition = "composition"
+    max_lock_mlp = "max-lock-mlp"
+    max_lock_resnet = "max-lock-resnet"
+    max_lock_smollm2 = "max-lock-smollm2"
 
 
 class Size(StrEnum):
@@ -41,7 +45,9 @@ class Size(StrEnum):
     full = "full"
 
 
-FULL = ("calibration", "deformation", "smollm2-locks")
+FULL = (
+    "calibration", "deformation", "smollm2-locks", "composition", "max-lock-resnet", "max-lock-smollm2",
+)  # fmt: skip
 """Experiments whose size cpu is not the largest."""
 
 
@@ -51,7 +57,9 @@ def reproduce(
         typer.Argument(
             help="figure1: steps against condition number. figure2: Adam and bounds while a singular value grows. "
             "calibration: predicted against measured. deformation: the paper's MNIST lock. toy-locks: a small net under five locks, "
-            "sixteen optimisers. smollm2-locks: SmolLM2-135M under three locks, full training and LoRA."
+            "sixteen optimisers. smollm2-locks: SmolLM2-135M under three locks, full training and LoRA. "
+            "composition: an absorbed lock on top of a deformation. "
+            "max-lock-mlp, max-lock-resnet, max-lock-smollm2: designs of the absorbed lock, attacked in every usual way."
         ),
     ],
     out: Annotated[
@@ -62,7 +70,7 @@ def reproduce(
         typer.Option(
             help="cpu takes minutes (toy-locks: a quarter of an hour; deformation, smollm2-locks: half an hour); smoke takes seconds and shows "
             "that it runs; full, for calibration, takes SmolLM2; for deformation, the paper's 60,000 rows and 10 epochs; "
-            "for smollm2-locks, 200 steps, on a GPU."
+            "for smollm2-locks, 200 steps, on a GPU; for composition, a ResNet-18 too."
         ),
     ] = Size.cpu,
     seeds: Annotated[
@@ -72,6 +80,13 @@ def reproduce(
         ),
     ] = None,
     seed: Seed = 0,
+    attacks: Annotated[
+        str | None,
+        typer.Option(
+            help="Only these rows of a max-lock table, separated by commas: processes that run different rows share their state, "
+            "and a run without this option then puts the table together."
+        ),
+    ] = None,
     device: Device = "cpu",
     json: Json = False,
     config: Config = None,
@@ -105,6 +120,12 @@ def reproduce(
         raise SpecDefError(
             f"{name} takes one seed.", hint="Leave --seeds out, and repeat with another --seed."
         )
+    if "attacks" in known:
+        options["attacks"] = (
+            None if attacks is None else tuple(a.strip() for a in attacks.split(","))
+        )
+    elif attacks is not None:
+        raise SpecDefError(f"{name} has no rows to choose from.", hint="Leave --attacks out.")
     if "device" in known:
         options["device"] = device
     elif device != "cpu":
@@ -116,6 +137,7 @@ def reproduce(
         f"{'held' if claim['held'] else 'NOT held'}: {claim['claim']}" for claim in record["claims"]
     ]
     lines.append(f"{name}, size {size.value}, seeds {list(used)}: {seconds} s")
+    lines += record.get("table", [])
     with atomic_file(files[-1]) as place:
         place.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if json:

@@ -44,3 +44,5 @@ def unlock(
     say(
         f"restored {result.tensors} tensors to {result.restored}; every SHA-256 equals the one recorded at lock time"
     )
+    if result.still_locked:
+        say(f"it is still locked, by {result.still_locked}: the key of that lock undoes it")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,9 @@ from specdef.cli.common import (
     progress_bar,
     say,
 )
+
+if TYPE_CHECKING:
+    from specdef.cli.analysis import DataOptions
 
 
 def _measured(name: str, help: str) -> Any:
@@ -42,6 +46,19 @@ def verify(
     public_key: Annotated[
         Path | None, typer.Option(help="Check the folder's signature with this key, PEM.")
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Run the model on this data and look at its activations in every dtype (docs/data.md)."
+        ),
+    ] = None,
+    quantization: Annotated[
+        bool,
+        typer.Option(
+            "--quantization",
+            help="Measure what quantising costs the locked model and the original, on --data.",
+        ),
+    ] = False,
     retain: Annotated[
         str | None,
         _measured("--retain", "Measure utility again: the data that a deformation retained."),
@@ -77,9 +94,20 @@ def verify(
         "eval_batches": eval_batches, "length": length, "split": split, "heldout_split": heldout_split, "columns": columns,
         "task": task,
     }  # fmt: skip
-    if not (retain or heldout) and any(value is not None for value in given.values()):
+    if not (retain or heldout or data) and any(value is not None for value in given.values()):
         name = next(n for n, value in given.items() if value is not None).replace("_", "-")
-        raise ValueError(f"--{name} says how data is drawn; name the data: --retain DATA.")
+        raise ValueError(
+            f"--{name} says how data is drawn; name the data: --retain DATA or --data DATA."
+        )
+    if quantization and not (data and original):
+        raise ValueError(
+            "--quantization compares two models on data: give --original MODEL and --data DATA."
+        )
+    if data and (retain or heldout):
+        raise ValueError(
+            "--data and --retain (or --heldout) are drawn by the same options: give them to two calls."
+        )
+    from specdef.cli.verify_checks import Checks, run_checks
     from specdef.lock.verify import verify_checkpoint
 
     folder = find_model(locked, quiet=json)
@@ -102,10 +130,21 @@ def verify(
             status=None if json else status,
             **again,
         )
+        # what is not what was locked need not be run; where outputs differ, these say why
+        checks = run_checks(
+            folder, source, _data(data, given, seed), dtypes=dtypes, quantization=quantization, device=device,
+            status=None if json else status,
+        ) if result.valid or result.source_matches else Checks()  # fmt: skip
+    result = replace(
+        result,
+        valid=result.valid and not checks.problems,
+        problems=(*result.problems, *checks.problems),
+    )
     if json:
-        print_json(result.to_dict())
+        print_json({**result.to_dict(), **checks.to_dict()})
     say(
         f"{'valid' if result.valid else 'NOT VALID'}: {result.tensors_checked} tensors checked, method {result.method}"
+        + (f" on top of {result.below}" if result.below else "")
     )
     for item in result.outputs:
         verdict = (
@@ -117,6 +156,7 @@ def verify(
     if result.source_matches is not None:
         say(
             f"the original given {'is' if result.source_matches else 'is NOT'} the model that was locked"
+            + (f" by {result.original_of}" if result.below and result.original_of else "")
         )
     if result.key_matches is not None:
         say(
@@ -126,6 +166,7 @@ def verify(
         measured = result.utility
         at_lock = "" if measured["recorded"] is None else f" (recorded: {measured['recorded']:.4g})"
         say(f"{measured['metric']} {measured['value']:.4g}{at_lock}, loss {measured['loss']:.4g}, {measured['rows']} held out")  # fmt: skip
+    checks.say()
     for note in result.notes:
         say(f"note: {note}")
     for problem in result.problems[:20]:
@@ -134,6 +175,19 @@ def verify(
         say(f"  … and {len(result.problems) - 20} more")
     if not result.valid:
         raise typer.Exit(1)
+
+
+def _data(data: str | None, given: dict[str, Any], seed: int) -> DataOptions | None:
+    """Return how the batches of --data are drawn; None where there is none."""
+    if data is None:
+        return None
+    from specdef.cli.analysis import DataOptions
+
+    if name := next((n for n in ("eval_batches", "heldout_split") if given[n] is not None), None):
+        raise ValueError(f"--{name.replace('_', '-')} is for --retain, not for --data.")
+    drawn: dict[str, Any] = {"batch_size": 4, "num_batches": 2, "length": 128, "split": None, "columns": None, "task": None}  # fmt: skip
+    values = {n: default if given[n] is None else given[n] for n, default in drawn.items()}
+    return DataOptions(data=data, seed=seed, **values)
 
 
 def _batches(folder: Path, given: dict[str, Any], *, device: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ Batch = dict[str, Tensor]
 LOCKS: dict[str, LockConfig] = {
     "uniform 2^4": LockConfig(schedule="uniform", scale=2.0**4),
     "uniform 2^10": LockConfig(schedule="uniform", scale=2.0**10),
-    "convex 2^8..2^30": LockConfig(),
+    "convex 2^8..2^30": LockConfig.preset("convex"),
     "compensated 16": LockConfig(method="compensated", scale=16.0, k=2, num_layers=2),
     "scaled 16": LockConfig(method="scaled", scale=16.0, k=2, num_layers=2),
 }

@@ -122,9 +122,9 @@ def lock_seed(
     began = time.perf_counter()
     model = load_model(folder, dtype="float32")
     # The draw of the original's training: rows after the first settings.rows are new to it.
-    drawn = _batches(data, model, "train", BATCH_SIZE, settings.retain_rows + settings.heldout_rows, seed)  # fmt: skip
+    drawn = batches(data, model, "train", BATCH_SIZE, settings.retain_rows + settings.heldout_rows, seed)  # fmt: skip
     cut = settings.retain_rows // BATCH_SIZE
-    test = _batches(data, model, "test", min(settings.test_rows, 250), settings.test_rows, 0)
+    test = batches(data, model, "test", min(settings.test_rows, 250), settings.test_rows, 0)
     before = measure_utility(model, test)
 
     def told(step: Step) -> None:
@@ -156,9 +156,10 @@ def lock_seed(
     }  # fmt: skip
 
 
-def _batches(
+def batches(
     data: Path | str, model: nn.Module, split: str, size: int, rows: int, seed: int
 ) -> list[dict[str, Tensor]]:
+    """Draw batches of `size` pictures, `rows` in all, as the model takes them."""
     return load_batches(
         data, model.config, None, task="image-classification", batch_size=size, num_batches=rows // size, seed=seed, split=split
     )  # fmt: skip

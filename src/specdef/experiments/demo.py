@@ -29,7 +29,7 @@ DEFAULT_RATE = 5e-5
 """What transformers' Trainer takes unless told otherwise."""
 
 CONTROL_RATES = (DEFAULT_RATE, 1e-4, 3e-4)
-LOCKED_RATES = (DEFAULT_RATE, 1e-9, 1e-10, 1e-11, 1e-12)
+LOCKED_RATES = (DEFAULT_RATE, 1e-13, 1e-14, 1e-15, 1e-16)
 """From where the lock diverges to where nothing moves any more."""
 
 PROMPT = "What is the capital of France?"
@@ -92,7 +92,7 @@ def run(model: Path, out: Path, *, steps: int = 8, length: int = 32) -> dict[str
     stage("2. lock (absorbed)")
     certificate = specdef.lock_checkpoint(model, out / "locked")
     _say(
-        f"{len(certificate.sites)} sites, {certificate.tensors_changed} of {certificate.tensors_total} tensors changed; "
+        f"{certificate.num_sites} sites, {certificate.tensors_changed} of {certificate.tensors_total} tensors changed; "
         f"largest singular value {certificate.sigma_max_before:.3g} -> {certificate.sigma_max_after:.3g}"
     )
 
@@ -142,7 +142,7 @@ def run(model: Path, out: Path, *, steps: int = 8, length: int = 32) -> dict[str
                 "selection",
             )
         },
-        "sites": len(certificate.sites),
+        "sites": certificate.num_sites,
         "verify": {**verification.to_dict(), "problems": list(verification.problems)},
         "same_text": texts[0] == texts[1],
         "text": texts[0],

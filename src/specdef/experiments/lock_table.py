@@ -17,8 +17,9 @@ import specdef
 from specdef.attacks.registry import find
 from specdef.attacks.run import Run
 from specdef.attacks.task import Budget, Task
-from specdef.audit.report import Curve
+from specdef.audit.report import AuditReport, Curve
 from specdef.audit.statistics import mean_interval
+from specdef.audit.suite import Suite
 from specdef.audit.sweeps import Progress
 from specdef.data.cache import cache_dir
 from specdef.experiments.record import versions
@@ -83,8 +84,26 @@ def audit_rows(
         say: Told of every sweep.
 
     Returns:
-        One row for every sweep: those of the locked model, and those of the unlocked one and of fresh weights, which are the
-        same for all locks of a seed; and the losses before any attack.
+        One row for every sweep, as `report_rows` makes them, and the losses before any attack.
+    """
+    report = audit_case(case, budget, journal, say)
+    return report_rows(report, case), report.start
+
+
+def audit_case(
+    case: Audited, budget: Budget, journal: Path, say: Callable[[str], None], *, suite: str | Suite = "2026.1"
+) -> AuditReport:  # fmt: skip
+    """Attack one lock; what its journal knows already is not run again.
+
+    Args:
+        case: The lock.
+        budget: What a run may cost.
+        journal: Keeps every run as soon as it has ended.
+        say: Told of every sweep.
+        suite: Says how learning rates are searched.
+
+    Returns:
+        The report of one seed.
     """
     seen: set[tuple[str, str]] = set()
 
@@ -97,10 +116,23 @@ def audit_rows(
     attacks = [
         copy.copy(attack) for attack in find(case.attacks)
     ]  # without the suite's further recipes
-    report = specdef.audit(
-        case.locked, case.original, case.task, attacks=attacks, budget=budget, seeds=1, storage=journal,
+    return specdef.audit(
+        case.locked, case.original, case.task, attacks=attacks, budget=budget, seeds=1, storage=journal, suite=suite,
         stop_when_broken=False, progress=tell,
     )  # fmt: skip
+
+
+def report_rows(report: AuditReport, case: Audited) -> Rows:
+    """Put the sweeps of a report into rows.
+
+    Args:
+        report: Of one seed.
+        case: What was attacked.
+
+    Returns:
+        One row for every sweep: those of the locked model, and those of the unlocked one and of fresh weights, which are the
+        same for all locks of a seed.
+    """
     cells = {(cell.attack, cell.optimizer): cell for cell in report.cells}
     rows: Rows = []
     for curve in report.curves:
@@ -113,7 +145,7 @@ def audit_rows(
                 "slowdown": cell.slowdown, "slowdown_censored": cell.slowdown_censored,
             }  # fmt: skip
         rows.append(row)
-    return rows, report.start
+    return rows
 
 
 def unique_rows(rows: Iterable[dict[str, Any]]) -> Rows:
@@ -211,6 +243,7 @@ def _best(curve: Curve) -> dict[str, Any]:
         "accuracy": max(map(_accuracy, sweep.runs)),
         "learning_rate": sweep.best.setting.learning_rate,
         "seconds": round(sum(run.seconds + run.prepare_seconds for run in sweep.runs), 2),
+        "prepare_seconds": round(sweep.best.prepare_seconds, 3),
         "runs": [
             [run.setting.learning_rate, run.status, run.steps[-1], round(run.best, 5), round(_accuracy(run), 5)]
             for run in sweep.runs

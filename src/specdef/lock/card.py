@@ -11,37 +11,50 @@ _END = "<!-- specdef:end -->\n"
 
 
 def write_card(folder: Path, certificate: LockCertificate) -> None:
-    """Append the lock's section to README.md, replacing an older one.
+    """Append the lock's section to README.md, replacing an older one; that of the lock beneath stays.
 
     Args:
         folder: The model folder.
         certificate: What to summarise.
     """
     path = folder / "README.md"
-    text = strip_card(path.read_bytes()) if path.exists() else b""
-    path.write_bytes(text + _section(certificate).encode())
+    text = path.read_bytes() if path.exists() else b""
+    path.write_bytes(strip_card(text, certificate) + _section(certificate).encode())
 
 
-def remove_card(folder: Path) -> None:
+def remove_card(folder: Path, certificate: LockCertificate) -> None:
     """Take the section out again; a README.md that held nothing else goes.
 
     Args:
         folder: The model folder.
+        certificate: Of the lock.
     """
     path = folder / "README.md"
     if path.exists():
-        text = strip_card(path.read_bytes())
+        text = strip_card(path.read_bytes(), certificate)
         if text:
             path.write_bytes(text)
         else:
             path.unlink()
 
 
-def strip_card(text: bytes) -> bytes:
-    """Return the text without our section, byte for byte what it was before."""
-    head, begin, rest = text.partition(_BEGIN.encode())
-    _, end, tail = rest.partition(_END.encode())
-    return head + tail if begin and end else text
+def strip_card(text: bytes, certificate: LockCertificate) -> bytes:
+    """Return the text without a lock's section, byte for byte what it was before."""
+    beneath = certificate.below.get("lock_id")
+    start = 0
+    while (begin := text.find(_BEGIN.encode(), start)) >= 0:
+        end = text.find(_END.encode(), begin)
+        if end < 0:
+            break
+        end += len(_END)
+        if beneath is None or _lock_line(beneath).encode() not in text[begin:end]:
+            return text[:begin] + text[end:]
+        start = end
+    return text
+
+
+def _lock_line(lock_id: str) -> str:
+    return f"Lock id `{lock_id[:16]}`."
 
 
 def _section(certificate: LockCertificate) -> str:
@@ -54,8 +67,13 @@ def _section(certificate: LockCertificate) -> str:
         "scaled": "**not** those of the original",
         "deformation": "**not** those of the original: it was trained to grow its singular values and to keep its task",
     }[certificate.method]
+    below = certificate.below
+    whose = (
+        "those of what was locked, which the section above is about," if below else "the original's"
+    )
+    outputs = outputs.replace("the original's", whose)
     lines = [
-        "## Locked against training",
+        f"## Locked against training{', once more' if below else ''}",
         "",
         f"The weights were locked with specdef {certificate.versions.get('specdef', '')}, "
         f"method `{certificate.method}`, at {what} sites; {certificate.tensors_changed} of {certificate.tensors_total} "
@@ -69,7 +87,7 @@ def _section(certificate: LockCertificate) -> str:
         *(line for note in certificate.notes for line in (f"Note: {note}", "")),
         f"**What this does not stop.** {certificate.threat_model}",
         "",
-        f"Check it yourself: `specdef verify THIS_FOLDER`. Lock id `{certificate.lock_id[:16]}`.",
+        f"Check it yourself: `specdef verify THIS_FOLDER`. {_lock_line(certificate.lock_id)}",
         "",
     ]
     return _BEGIN + "\n".join(lines) + _END

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -22,27 +23,11 @@ from specdef.lock.config import LockConfig
 from specdef.lock.deformation.config import DeformationConfig
 from specdef.lock.key import Key
 from specdef.lock.plan import LockPlan
+from specdef.lock.threat_model import threat_model
 from specdef.weights.atomic import atomic_file
 from specdef.weights.folder import CERTIFICATE_NAME, read_json
 
 _FORMAT = "specdef-certificate-1"
-
-THREAT_MODEL = (
-    "This lock is meant to make ordinary fine-tuning ill-conditioned, so that it converges slowly or not at all. It is not "
-    "encryption. An attacker who knows the method can undo it: {undo}. It also does not stop distillation of the outputs into a fresh model. How strong it is "
-    "against which attack has to be measured; this certificate does not say."
-)
-UNDO = {
-    "absorbed": "re-balancing each symmetric pair of tensors takes seconds and no data, and training with a learning "
-    "rate per column, masking the scaled columns, K-FAC, or training a part the lock does not reach also get around it",
-    "compensated": "merging each inserted layer into the matrix beside it, or freezing it, takes seconds and no data, "
-    "and inserting trainable identity layers or training elsewhere in the network also gets around it",
-    "deformation": "clipping the large singular values of every matrix needs no data and one decomposition each, and a short "
-    "re-training on the retained task may bring back what that costs; a learning rate per layer, LoRA on modules the lock leaves "
-    "alone and second-order methods may also get around it (none of this is measured here); and where the original is public, "
-    "the difference to it is the key",
-    "scaled": "the function is not preserved, so there is nothing left to protect; the method serves theory alone",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +51,13 @@ class LockCertificate:
         bit_identical: Whether the method promises outputs equal bit for bit (float32, bfloat16).
         uncovered: Linear inputs the lock does not reach: number by reason.
         utility: Held-out utility and retain loss before and after, as stored, and the data they were measured on
-            (deformation).
+            (deformation; a lock on top of one keeps the function and with it the utility).
         training: Steps, why they ended, times, and one row per evaluation (deformation).
         dropped: Other copies of the weights in the source folder that were not carried over.
         notes: Sentences the user should read.
         threat_model: What the lock does not stop.
         history: What happened to the weights: "locked", then one entry per authorised training.
+        below: The lock beneath this one: its method and lock_id, and in a folder the SHA-256 of its certificate.
         versions: Versions of what made it.
         seconds: Wall time of the lock.
         key: Path of the key; never in the file.
@@ -99,10 +85,17 @@ class LockCertificate:
     notes: list[str] = field(default_factory=list)
     threat_model: str = ""
     history: list[str] = field(default_factory=lambda: ["locked"])
+    below: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     key: str = ""
     certificate: str = ""
+
+    @property
+    def num_sites(self) -> int:
+        """Number of places locked; one that is locked on both sides counts once."""
+        counts = self.sites if isinstance(self.sites, dict) else count_kinds(self.sites)
+        return sum(counts.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -141,6 +134,7 @@ def build_certificate(
     dropped: Iterable[str] = (),
     utility: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    below: Mapping[str, str] | None = None,
 ) -> LockCertificate:
     """Put together what is known of a lock.
 
@@ -154,6 +148,7 @@ def build_certificate(
         dropped: Files that were not carried over.
         utility: What was measured of a deformation.
         training: How it went.
+        below: The lock beneath.
 
     Returns:
         The certificate.
@@ -183,17 +178,19 @@ def build_certificate(
         utility=dict(utility or {}),
         training=dict(training or {}),
         dropped=list(dropped),
-        notes=list(plan.notes),
-        threat_model=threat_model(plan.method),
+        notes=[*plan.notes, *_order(plan.method, below)],
+        threat_model=threat_model(plan.method, below["method"] if below else ""),
+        below=dict(below or {}),
         versions=tool_versions(),
     )
 
 
-def load_certificate(folder: str | Path) -> LockCertificate:
+def load_certificate(folder: str | Path, name: str = CERTIFICATE_NAME) -> LockCertificate:
     """Read the certificate of a locked model.
 
     Args:
         folder: The model folder.
+        name: Of the file, where it is not that of the lock on top.
 
     Returns:
         The certificate.
@@ -202,7 +199,7 @@ def load_certificate(folder: str | Path) -> LockCertificate:
         CheckpointError: There is none, or it is no certificate.
         CertificateMismatch: It was changed since it was written.
     """
-    path = Path(folder) / CERTIFICATE_NAME
+    path = Path(folder) / name
     if not path.exists():
         raise CheckpointError(
             "has no specdef certificate",
@@ -234,11 +231,8 @@ def load_certificate(folder: str | Path) -> LockCertificate:
 
 
 def count_kinds(sites: list[dict[str, Any]]) -> dict[str, int]:
-    """Count site records by kind."""
-    out: dict[str, int] = {}
-    for site in sites:
-        out[site["kind"]] = out.get(site["kind"], 0) + 1
-    return out
+    """Count sites by kind; one that is locked on both sides counts once."""
+    return dict(Counter({site["name"]: site["kind"] for site in sites}.values()))
 
 
 def count_reasons(uncovered: Mapping[str, str]) -> dict[str, int]:
@@ -253,11 +247,6 @@ def table_digest(hashes: Mapping[str, str]) -> str:
     """Return one digest for a table of hashes, in the order of the names."""
     text = "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def threat_model(method: str) -> str:
-    """Return the paragraph that says what a lock does not stop."""
-    return THREAT_MODEL.format(undo=UNDO[method])
 
 
 def tool_versions() -> dict[str, str]:
@@ -289,7 +278,19 @@ def _malformed(certificate: LockCertificate) -> str:
     rows = certificate.tensors.values()
     if not all(isinstance(row, dict) and {"sha256", "sha256_original"} <= set(row) for row in rows):
         return "tensors"
+    below = certificate.below
+    if below and not all(isinstance(below.get(name), str) for name in ("method", "lock_id")):
+        return "below"
     return ""
+
+
+def _order(method: str, below: Mapping[str, str] | None) -> list[str]:
+    if not below:
+        return []
+    return [
+        f"The model was locked already, by {below['method']} (lock {below['lock_id'][:12]}). Both keys are needed: that of "
+        f"{method} first, that of {below['method']} for what it gives."
+    ]
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +102,22 @@ class Channels:
             (size,) float32.
         """
         return self.statistics(site.producers[0]).rms
+
+    def reach(self, site: Site) -> Tensor:
+        """Return how far a step of one unit in a channel's writer moves the outputs of its readers: |W[:, c]| over all of them.
+
+        Args:
+            site: The site.
+
+        Returns:
+            (size,) float32.
+        """
+        square = torch.zeros(site.size)
+        for leg in site.consumers:
+            shape = self._source.shapes[leg.tensor]
+            length = math.prod(shape[len(leg.lead) :]) / shape[leg.axis]
+            square += self.statistics(leg, keep=False).rms.square() * length
+        return square.sqrt()
 
 
 def position_table(leg: Leg) -> Tensor:

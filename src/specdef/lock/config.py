@@ -8,16 +8,30 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Method = Literal["absorbed", "compensated", "scaled"]
-Schedule = Literal["convex", "staggered", "uniform"]
+Schedule = Literal["covering", "convex", "staggered", "uniform"]
 Channel = Literal["least-useful", "most-active"]
+Sides = Literal["both", "readers"]
+Strength = Literal["max", "convex", "staggered", "uniform"]
 
 DEFAULT_SCALE = {"absorbed": 2.0**30, "compensated": 1e4, "scaled": 1e4}
 """absorbed: FACTS 3's convex design; compensated and scaled: the value arXiv 2602.18868 reports."""
 
+COVERING_SCALE = 2.0**48
+"""Default of the covering schedule: six levels of 7 octaves for up to 31 layers, and rates of plain gradient steps, 4^-48, that float32 holds."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "max": {"schedule": "covering"},
+    "convex": {"schedule": "convex", "scale": 2.0**30, "min_scale": 2.0**8},
+    "staggered": {"schedule": "staggered", "scale": 2.0**22, "min_scale": 2.0**2},
+    "uniform": {"schedule": "uniform", "scale": 2.0**10, "channel": "most-active"},
+}
+"""Absorbed designs by name. max: the strongest known; uniform: what the papers' single scale becomes; the rest: steps between."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("absorbed", "compensated", "scaled"),
-    "schedule": ("convex", "staggered", "uniform"),
+    "schedule": ("covering", "convex", "staggered", "uniform"),
     "channel": ("least-useful", "most-active"),
+    "sides": ("both", "readers"),
 }
 
 
@@ -27,9 +41,14 @@ class LockConfig:
 
     Args:
         method: absorbed | compensated | scaled.
-        scale: Largest multiplier; a power of two for absorbed. None means 2^30 for absorbed, 1e4 for the others.
-        min_scale: Smallest multiplier of the staggered and convex schedules (absorbed); lowered to `scale` if above.
-        schedule: How the scales are spread over the sites (absorbed): convex leaves few sites near the top.
+        scale: Largest multiplier; a power of two for absorbed. None means 2^48 for the covering schedule, 2^30 for the other
+            absorbed ones, 1e4 for other methods.
+        min_scale: Smallest multiplier of all schedules but uniform (absorbed); lowered to `scale` if above.
+        schedule: How the scales are spread over the sites (absorbed): covering gives every run of layers a top of its own
+            (`specdef.lock.covering`), convex leaves few sites near one top.
+        gap: Octaves between the levels of layers (covering).
+        slack: Octaves by which the columns of a layer lie below its norms' gains (covering).
+        sides: What becomes explosive (covering): both, or only the columns that read a channel.
         power: Exponent of the convex schedule.
         channel: Which channel of a site is scaled (absorbed).
         k: Singular values scaled per matrix (compensated, scaled); at most the smaller side is used.
@@ -47,7 +66,10 @@ class LockConfig:
     method: Method = "absorbed"
     scale: float | None = None
     min_scale: float = 2.0**8
-    schedule: Schedule = "convex"
+    schedule: Schedule = "covering"
+    gap: int = 7
+    slack: int = 8
+    sides: Sides = "both"
     power: int = 16
     channel: Channel = "least-useful"
     k: int = 25
@@ -68,9 +90,11 @@ class LockConfig:
             object.__setattr__(self, name, selection(name, getattr(self, name)))
         if not (math.isfinite(self.top) and self.top > 1):
             raise ValueError(f"scale must be finite and above 1, got {self.scale}.")
-        for name in ("k", "power", "num_layers"):
+        for name in ("k", "power", "num_layers", "gap"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.slack < 0:
+            raise ValueError(f"slack must be at least 0, got {self.slack}.")
         if self.method == "absorbed":
             for name, value in (("scale", self.top), ("min_scale", self.bottom)):
                 if not math.log2(value).is_integer():
@@ -83,12 +107,38 @@ class LockConfig:
     @property
     def top(self) -> float:
         """The largest scale, default filled in."""
-        return float(DEFAULT_SCALE[self.method] if self.scale is None else self.scale)
+        if self.scale is not None:
+            return float(self.scale)
+        covering = self.method == "absorbed" and self.schedule == "covering"
+        return COVERING_SCALE if covering else DEFAULT_SCALE[self.method]
 
     @property
     def bottom(self) -> float:
         """The smallest scale of a schedule."""
         return float(min(self.min_scale, self.top))
+
+    @property
+    def both_sides(self) -> bool:
+        """Whether the writers of channels become explosive too."""
+        return self.sides == "both"
+
+    @classmethod
+    def preset(cls, strength: Strength, **fields: Any) -> LockConfig:
+        """Return an absorbed design by name.
+
+        Args:
+            strength: A key of `PRESETS`.
+            **fields: What shall differ from it.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            ValueError: There is no such design, or a field is out of range.
+        """
+        if strength not in PRESETS:
+            raise ValueError(f"strength must be one of {', '.join(PRESETS)}, got {strength!r}.")
+        return cls(**{**PRESETS[strength], **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values, `scale` filled in."""

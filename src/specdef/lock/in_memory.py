@@ -24,10 +24,11 @@ from specdef.lock.deformation.records import Progress as TrainingProgress
 from specdef.lock.deformation.retain import RetainFunction, UtilityFunction
 from specdef.lock.deformation.stored import Training
 from specdef.lock.key import Key
-from specdef.lock.load import LOCK_ID
 from specdef.lock.lock import RETRIES, offending, plan_lock, projected_tensor
 from specdef.lock.projected import compensation
-from specdef.symmetries import find_sites
+from specdef.lock.sequential import find_symmetries
+from specdef.lock.sequential import model_config as model_config
+from specdef.lock.stack import Lock, locks, require_lockable, set_locks
 from specdef.weights.edit import OutOfRange, apply_all
 from specdef.weights.rewrite import TensorHashes
 from specdef.weights.source import MemorySource
@@ -63,13 +64,14 @@ def lock_model(
     training_progress: Callable[[TrainingProgress], None] | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> LockedModel:
-    """Lock a model in memory, in place.
+    """Lock a model in memory, in place; one that a deformation has locked takes an absorbed lock on top.
 
     Args:
         model: For a deformation any module. Otherwise one with a transformers `config`; its tensor names must be those of a
-            checkpoint, which is so for all families but mixtures of experts that transformers stacks in memory.
+            checkpoint, which is so for all families but mixtures of experts that transformers stacks in memory. For
+            an absorbed lock also one without, whose layers stand in `nn.Sequential` in the order they are used.
         config: The recipe; None is the default lock.
-        calibration: Batches with labels to choose channels by (absorbed).
+        calibration: Batches with labels, or (input, target) pairs, to choose channels by (absorbed).
         retain: Batches whose loss a deformation retains; required for it, and refused with the other methods, like all
             that follow.
         heldout: Batches its utility is measured on; None takes the last tenth of `retain`.
@@ -86,7 +88,7 @@ def lock_model(
     Raises:
         SelectionError: Nothing to lock was found or selected.
         SpecDefError: The lock would break the function, tensors hold NaN or Inf, the data does not fit, or the model is
-            locked already.
+            locked in a way that the method does not go on top of.
         NotConverged: A deformation led to nothing that may be kept.
         ValueError: `retain` is missing, or what only a deformation takes was given to another method. The model is as it
             was, whatever is raised.
@@ -98,10 +100,9 @@ def lock_model(
         resume=resume, progress=training_progress, data=data,
     )  # fmt: skip
     training.check(config)
-    if getattr(model, LOCK_ID, None) is not None:
-        raise SpecDefError(
-            "the model is locked already", hint="Lock the original; one key undoes one lock."
-        )
+    require_lockable(
+        model, "deformation" if isinstance(config, DeformationConfig) else config.method
+    )
     tensors = unique_tensors(model)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -112,7 +113,7 @@ def lock_model(
         certificate, key = deform_model(model, tensors, config, training)
     else:
         certificate, key = _lock(model, tensors, config, calibration)
-    setattr(model, LOCK_ID, key.lock_id)
+    set_locks(model, (*locks(model), Lock(key.method, key.lock_id)))
     return LockedModel(
         model=model, key=key, certificate=replace(certificate, seconds=time.perf_counter() - began)
     )
@@ -129,41 +130,28 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def model_config(model: nn.Module) -> dict[str, Any]:
-    """Return the model's configuration as its config.json holds it.
-
-    Raises:
-        SpecDefError: It is no transformers model.
-    """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
-        raise SpecDefError(
-            f"{type(model).__name__} has no transformers configuration",
-            hint="Lock it as a checkpoint folder instead.",
-        )
-    return dict(config.to_dict())
-
-
 def _lock(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     config: LockConfig,
     calibration: Iterable[Batch] | None,
 ) -> tuple[LockCertificate, Key]:
-    source = MemorySource(tensors, model_config(model))
+    symmetries = find_symmetries(model, tensors) if config.method == "absorbed" else None
+    plain = symmetries is not None and getattr(model, "config", None) is None
+    source = MemorySource(tensors, {} if plain else model_config(model))
     scores = None
-    if calibration is not None and config.method == "absorbed":
-        sites = select_sites(find_sites(source.config, source.shapes).sites, config)
+    if calibration is not None and symmetries is not None:
+        sites = select_sites(symmetries.sites, config)
         scores = calibrated_scores(model, sites, calibration, channel=config.channel)
     before = {name: tensor_sha256(tensor) for name, tensor in tensors.items()}
     banned: set[tuple[str, int]] = set()
     while True:
-        plan = plan_lock(source, config, scores=scores, banned=banned)
+        plan = plan_lock(source, config, scores=scores, banned=banned, symmetries=symmetries)
         try:
             apply_all(tensors, plan.scalings)
             break
         except OutOfRange as error:
-            banned |= offending(plan, source, error)
+            banned |= offending(plan, source, error, symmetries)
             if len(banned) > RETRIES:
                 raise
     key = Key.from_plan(plan, config)
@@ -187,6 +175,7 @@ def _lock(
     }
     key = replace(key, residuals=residuals, hashes=hashes)
     certificate = build_certificate(
-        plan, key, config, files={}, source_name=type(model).__name__, calibrated=scores is not None
-    )
+        plan, key, config, files={}, source_name=type(model).__name__, calibrated=scores is not None,
+        below=locks(model)[-1]._asdict() if locks(model) else None,
+    )  # fmt: skip
     return certificate, key

@@ -207,11 +207,18 @@ def require_match(key: Key, certificate: Mapping[str, Any]) -> None:
     """Refuse a key that belongs to another lock.
 
     Raises:
-        KeyMismatch: The certificate names another lock.
+        KeyMismatch: The certificate names another lock, or another lock on top of the key's.
     """
     if certificate.get("lock_id") != key.lock_id:
+        own = f"the key is of lock {key.lock_id[:12]} ({key.method})"
+        top = f"{str(certificate.get('lock_id'))[:12]} ({certificate.get('method')})"
+        if (certificate.get("below") or {}).get("lock_id") == key.lock_id:
+            raise KeyMismatch(
+                f"{own}, and lock {top} is on top of that",
+                hint="Unlock with the key of the lock on top, and what comes out with this one.",
+            )
         raise KeyMismatch(
-            f"the key is of lock {key.lock_id[:12]}, the model was locked as {str(certificate.get('lock_id'))[:12]}",
+            f"{own}, the model was locked as {top}",
             hint="Use the key that was written when this model was locked.",
         )
 

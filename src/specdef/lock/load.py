@@ -13,11 +13,9 @@ from torch import nn
 from specdef.errors import CheckpointError
 from specdef.lock.compensated import MODEL_TYPE, insert_compensation
 from specdef.lock.names import NameMap
+from specdef.lock.stack import Lock, set_locks
 from specdef.weights.checkpoint import Checkpoint
 from specdef.weights.folder import BASE_CONFIG_NAME, CERTIFICATE_NAME, COMPENSATION_NAME, read_json
-
-LOCK_ID = "_specdef_lock_id"
-"""Attribute of a loaded model that names its lock."""
 
 
 def load_model(
@@ -84,7 +82,7 @@ def load_model(
     if compensated:
         _insert(model, folder, checkpoint)
     if (folder / CERTIFICATE_NAME).exists():
-        setattr(model, LOCK_ID, read_json(folder / CERTIFICATE_NAME).get("lock_id"))
+        set_locks(model, _locks(read_json(folder / CERTIFICATE_NAME)))
     module: nn.Module = model.eval().to(device)
     return module
 
@@ -100,6 +98,16 @@ def _insert(model: nn.Module, folder: Path, checkpoint: Checkpoint) -> None:
         if parameter.dtype != matrix.dtype:
             parameter.data = checkpoint.read(name).to(matrix.dtype)
     insert_compensation(model, layers)
+
+
+def _locks(certificate: dict[str, Any]) -> tuple[Lock, ...]:
+    """Return the locks a certificate names, the lowest first."""
+    entries = [certificate.get("below"), certificate]
+    return tuple(
+        Lock(str(entry.get("method")), str(entry["lock_id"]))
+        for entry in entries
+        if isinstance(entry, dict) and entry.get("lock_id")
+    )
 
 
 def original_config(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from specdef.curvature.losses import Batch as RetainBatch
 from specdef.curvature.losses import Loss
 from specdef.errors import CheckpointError, SpecDefError
 from specdef.lock.absorbed import plan_absorbed, select_sites
+from specdef.lock.activations import require_finite_activations
 from specdef.lock.calibrate import Batch, calibrated_scores
 from specdef.lock.card import write_card
 from specdef.lock.certificate import LockCertificate, build_certificate
@@ -36,14 +37,18 @@ from specdef.lock.plan import LockPlan, Projection
 from specdef.lock.projected import compensation, plan_projected, scaled_matrix
 from specdef.lock.residual import encode_residual
 from specdef.lock.selection import check_selection
-from specdef.symmetries import find_sites
+from specdef.lock.stack import lower_lock
+from specdef.lock.unlock import require_locked_tensors
+from specdef.symmetries import Symmetries, find_sites
 from specdef.weights.atomic import atomic_folder, refuse_existing
 from specdef.weights.checkpoint import Checkpoint
 from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit
 from specdef.weights.folder import (
     BASE_CONFIG_NAME,
+    CERTIFICATE_BELOW_NAME,
     CERTIFICATE_NAME,
     COMPENSATION_NAME,
+    file_sha256,
 )
 from specdef.weights.rewrite import Progress, copy_other_files, rewrite_tensors
 from specdef.weights.source import FolderSource, TensorSource
@@ -58,6 +63,7 @@ def plan_lock(
     *,
     scores: Mapping[str, Tensor] | None = None,
     banned: Iterable[tuple[str, int]] = (),
+    symmetries: Symmetries | None = None,
     status: Callable[[str], None] | None = None,
 ) -> LockPlan:
     """Work out what a lock would do, writing nothing.
@@ -67,6 +73,7 @@ def plan_lock(
         config: The recipe.
         scores: Site name to channel scores, from `calibrated_scores` (absorbed); None is data-free.
         banned: (site, channel) pairs to avoid (absorbed).
+        symmetries: Of a model no table knows (absorbed); None looks them up.
         status: Told what is being worked on.
 
     Returns:
@@ -84,7 +91,7 @@ def plan_lock(
     tensors = FolderSource(source) if isinstance(source, Checkpoint) else source
     check_selection(tensors.names, config)
     if config.method == "absorbed":
-        return plan_absorbed(tensors, config, scores=scores, banned=list(banned))
+        return plan_absorbed(tensors, config, scores=scores, banned=list(banned), symmetries=symmetries)  # fmt: skip
     return plan_projected(tensors, config, progress=status)
 
 
@@ -107,9 +114,11 @@ def lock_checkpoint(
     training_progress: Callable[[TrainingProgress], None] | None = None,
     data: Mapping[str, Any] | None = None,
     load: Callable[[Path], nn.Module] | None = None,
+    notes: Iterable[str] = (),
 ) -> LockCertificate:
     """Lock a model folder into a new folder.
 
+    A folder that a deformation has locked takes an absorbed lock on top; each is undone by its own key, the upper one first.
     Streams: memory is bounded by a few blocks for absorbed without calibration, by the largest locked matrix in float64
     for compensated and scaled, by the model for calibration; a deformation trains the model. The output folder appears
     whole or not at all; the key is written just before it appears.
@@ -133,12 +142,14 @@ def lock_checkpoint(
         training_progress: Told after every step.
         data: How the batches were drawn, for the certificate.
         load: How the folder becomes a model to train; None is `load_model` in float32.
+        notes: Sentences for the certificate, of how the recipe was found, say; not for a deformation.
 
     Returns:
         The certificate, with the sites in full, and the paths of key and certificate.
 
     Raises:
         CheckpointError: The source cannot be used, or the output cannot be written.
+        CertificateMismatch: The source is locked, and is not what its certificate says.
         SelectionError: Nothing to lock was found or selected.
         SpecDefError: The lock would break the function, or the data does not fit the model.
         NotConverged: A deformation led to nothing that may be kept.
@@ -152,7 +163,8 @@ def lock_checkpoint(
     )  # fmt: skip
     training.check(config)
     out = Path(out) if Path(out).name else Path(out).absolute()
-    opened = open_lockable(source, out)
+    method = "deformation" if isinstance(config, DeformationConfig) else config.method
+    opened = open_lockable(source, out, method)
     key_path = Path(key_path) if key_path else out.with_name(out.name + ".key.safetensors")
     if key_path.resolve().is_relative_to(out.resolve()):
         raise CheckpointError(
@@ -164,7 +176,7 @@ def lock_checkpoint(
         )  # fmt: skip
     else:
         certificate = _lock(
-            opened, out, config, key_path, calibration, source_name, progress, status
+            opened, out, config, key_path, calibration, source_name, progress, status, tuple(notes)
         )
     return replace(
         certificate,
@@ -174,19 +186,21 @@ def lock_checkpoint(
     )
 
 
-def open_lockable(source: str | Path, out: Path) -> Checkpoint:
+def open_lockable(source: str | Path, out: Path, method: str) -> Checkpoint:
     """Open a model folder for locking into another, refusing what cannot be locked or written before any work.
 
     Args:
         source: Model folder.
         out: Folder to create.
+        method: The lock method.
 
     Returns:
         The open folder.
 
     Raises:
-        CheckpointError: The source is damaged, quantised, locked or lacks its configuration, or the output is taken or
-            lies inside the source.
+        CheckpointError: The source is damaged, quantised, lacks its configuration or is locked in a way that the method
+            does not go on top of, or the output is taken or lies inside the source.
+        CertificateMismatch: The source is locked, and its files were changed since.
     """
     refuse_existing(out)
     checkpoint = Checkpoint.open(source)
@@ -199,10 +213,7 @@ def open_lockable(source: str | Path, out: Path) -> Checkpoint:
         raise CheckpointError(
             "has no config.json", path=source, hint="Fetch it from where the weights came from."
         )
-    if (checkpoint.folder / CERTIFICATE_NAME).exists():
-        raise CheckpointError(
-            "is locked already", path=source, hint="Unlock it first, or lock the original."
-        )
+    lower_lock(checkpoint, method)
     return checkpoint
 
 
@@ -243,16 +254,17 @@ def projected_tensor(
 
 
 def offending(
-    plan: LockPlan, source: Checkpoint | TensorSource, error: OutOfRange
-) -> set[tuple[str, int]]:
-    """Return the (site, channel) pairs that scale the slice which does not fit."""
-    channels = {record.name: record.channel for record in plan.sites}
+    plan: LockPlan, source: Checkpoint | TensorSource, error: OutOfRange, symmetries: Symmetries | None = None
+) -> set[tuple[str, int]]:  # fmt: skip
+    """Return the (site, channel) pairs that scale the slice which does not fit; a site may have a channel for each side."""
+    sites = (symmetries or find_sites(source.config, source.shapes)).sites
     return {
-        (site.name, channel)
-        for site in find_sites(source.config, source.shapes).sites
-        if (channel := channels.get(site.name)) is not None
+        (site.name, record.channel)
+        for site in sites
+        for record in plan.sites
+        if record.name == site.name and record.channel is not None
         for leg, _ in site.legs()
-        if leg.tensor == error.tensor and error.position in leg.positions(channel)
+        if leg.tensor == error.tensor and error.position in leg.positions(record.channel)
     }
 
 
@@ -265,22 +277,27 @@ def _lock(
     source_name: str,
     progress: Progress | None,
     status: Callable[[str], None] | None,
+    notes: tuple[str, ...],
 ) -> LockCertificate:
     scores = None
     if calibration is not None and config.method == "absorbed":
         if status:
             status("calibrating")
+        calibration = list(calibration)
         scores = calibrate_checkpoint(checkpoint, calibration, config)
     banned: set[tuple[str, int]] = set()
     written: list[Path] = []
     while True:
         plan = plan_lock(checkpoint, config, scores=scores, banned=banned, status=status)
+        plan = replace(plan, notes=(*plan.notes, *notes))
         Key.from_plan(plan, config).require_place(key_path)  # before the work, not after it
         try:
             with atomic_folder(out) as work:
                 certificate, key = _write(
                     checkpoint, work, plan, config, source_name, scores, progress, status
                 )
+                if scores is not None and calibration is not None:
+                    require_finite_activations(work, list(calibration))
                 had_key = key_path.exists()
                 key.save(key_path)
                 written += [] if had_key else [key_path]
@@ -310,6 +327,7 @@ def _write(
 ) -> tuple[LockCertificate, Key]:
     if status:
         status("writing")
+    lower = lower_lock(checkpoint, plan.method)
     residuals: dict[str, Tensor] = {}
 
     def projected(name: str) -> ReplaceEdit:
@@ -329,6 +347,13 @@ def _write(
         checkpoint, work, edits, progress=progress, workers=1 if plan.projections else 2
     )
     _, dropped = copy_other_files(checkpoint, work)
+    below = {}
+    if lower:
+        # what is not what was locked, its own key would not undo
+        require_locked_tensors({name: found.before for name, found in hashes.items()}, lower)
+        copy = work / CERTIFICATE_BELOW_NAME
+        copy.write_bytes((checkpoint.folder / CERTIFICATE_NAME).read_bytes())
+        below = {"method": lower.method, "lock_id": lower.lock_id, "sha256": file_sha256(copy)}
     if plan.method == "compensated":
         tensors = {
             name: compensation(p).to(
@@ -347,7 +372,7 @@ def _write(
     key = replace(Key.from_plan(plan, config), residuals=residuals, hashes=hashes)
     certificate = build_certificate(
         plan, key, config, files=other_files_sha256(work), source_name=source_name or checkpoint.folder.resolve().name,
-        calibrated=scores is not None, dropped=dropped,
+        calibrated=scores is not None, dropped=dropped, below=below, utility=lower.utility if lower else None,
     )  # fmt: skip
     write_card(work, certificate)
     certificate.write(work)

@@ -20,7 +20,9 @@ class SiteRecord:
         kind: Kind of the symmetry, or "matrix".
         layer: Block index, where there is one.
         scale: The multiplier.
-        covers: Tensors whose inputs became ill-conditioned (absorbed), or the matrix itself.
+        covers: Tensors whose slices became explosive: those that read the channel or write it (absorbed), or the matrix itself.
+        side: "readers" where those that read the channel were divided by a scale above 1, "writers" where those that write it were multiplied
+            by one below (absorbed).
         channel: Channel scaled (absorbed).
         k: Singular values scaled (compensated, scaled).
         score: Score the channel was chosen by (absorbed): usefulness or activity, measured or from the weights.
@@ -36,6 +38,7 @@ class SiteRecord:
     covers: tuple[str, ...]
     layer: int | None = None
     channel: int | None = None
+    side: str | None = None
     k: int | None = None
     score: float | None = None
     sigma_max_before: float | None = None
@@ -88,6 +91,11 @@ class LockPlan:
     notes: tuple[str, ...] = ()
     sigma_max_before: float = float("nan")
     sigma_max_after: float = float("nan")
+
+    @property
+    def num_sites(self) -> int:
+        """Number of places locked; one that is locked on both sides counts once."""
+        return len({record.name for record in self.sites})
 
     @property
     def tensors_changed(self) -> tuple[str, ...]:

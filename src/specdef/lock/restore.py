@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from specdef.errors import CheckpointError, KeyMismatch, SpecDefError
 from specdef.lock.compensated import Compensated, compensated_layers, module_path
 from specdef.lock.key import Key, load_key
-from specdef.lock.load import LOCK_ID
 from specdef.lock.names import NameMap
+from specdef.lock.stack import Lock, locks, set_locks
 from specdef.lock.unlock import restore_difference, restore_matrix
 from specdef.weights.edit import apply_all, inverses
 from specdef.weights.tensor_bytes import tensor_sha256
@@ -26,6 +26,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def unlock_model(model: nn.Module, key: Key | str | Path) -> None:
     """Unlock a model in memory, in place and for good: weights to the last bit, inserted layers taken out.
 
+    Of two locks the upper one is undone first, with its own key.
     Parameters stay the same objects; gradients are dropped. Of an absorbed or compensated lock, weights that were trained
     since keep what they learned; a deformation has no way to tell that apart and refuses them.
 
@@ -34,7 +35,7 @@ def unlock_model(model: nn.Module, key: Key | str | Path) -> None:
         key: Its key, or the path.
 
     Raises:
-        KeyMismatch: The key is of another lock, or the weights are no longer those it belongs to.
+        KeyMismatch: The key is of another lock, or of the one beneath, or the weights are no longer those it belongs to.
         CheckpointError: The key is damaged.
         SpecDefError: The model is unlocked for a while, or lacks inserted layers. The model is as it was, whatever is raised.
     """
@@ -55,7 +56,7 @@ def unlock_model(model: nn.Module, key: Key | str | Path) -> None:
     for path, layer in layers.items():
         parent, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer.bare())
-    setattr(model, LOCK_ID, None)
+    set_locks(model, locks(model)[:-1])
 
 
 def locked_weights(model: nn.Module, key: Key) -> dict[str, Tensor]:
@@ -74,14 +75,15 @@ def locked_weights(model: nn.Module, key: Key) -> dict[str, Tensor]:
     """
     if getattr(model, UNLOCKED, False):
         raise SpecDefError("the model is unlocked already", hint="Leave the other block first.")
-    lock_id = getattr(model, LOCK_ID, None)
+    carried = locks(model)
+    lock_id = carried[-1].lock_id if carried else None
     names = NameMap(model)
     try:
         weights = {name: names.tensor(name) for name in key.tensors}
     except SpecDefError as error:
         if lock_id == key.lock_id:
             raise
-        raise _foreign() from error
+        raise _foreign(key, carried) from error
     # A foreign absorbed key would silently scale the wrong channels. A model loaded by other means does not name its
     # lock: the weights themselves must then be those that were locked.
     own = (
@@ -90,7 +92,7 @@ def locked_weights(model: nn.Module, key: Key) -> dict[str, Tensor]:
         else all(_at_lock_time(key, name, weight) is not None for name, weight in weights.items())
     )
     if not own:
-        raise _foreign()
+        raise _foreign(key, carried)
     return weights
 
 
@@ -171,7 +173,12 @@ def _plain_dtype(model: nn.Module, locked: Iterable[Tensor]) -> torch.dtype | No
     return next((p.dtype for p in model.parameters() if id(p) not in own), None)
 
 
-def _foreign() -> KeyMismatch:
+def _foreign(key: Key, carried: Sequence[Lock]) -> KeyMismatch:
+    if any(lock.lock_id == key.lock_id for lock in carried[:-1]):
+        return KeyMismatch(
+            f"the key is of the {key.method} lock beneath, and an {carried[-1].method} lock is on top of that",
+            hint="Undo the lock on top first, with its own key.",
+        )
     return KeyMismatch(
         "the key is not of this model's lock",
         hint="Load the locked folder with specdef.load_model and use the key that was written with it.",

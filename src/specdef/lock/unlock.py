@@ -20,7 +20,12 @@ from specdef.lock.residual import decode_residual
 from specdef.weights.atomic import atomic_folder, refuse_existing
 from specdef.weights.checkpoint import Checkpoint, TensorFile
 from specdef.weights.edit import Edit, OutOfRange, ReplaceEdit, inverses
-from specdef.weights.folder import BASE_CONFIG_NAME, CERTIFICATE_NAME, COMPENSATION_NAME
+from specdef.weights.folder import (
+    BASE_CONFIG_NAME,
+    CERTIFICATE_BELOW_NAME,
+    CERTIFICATE_NAME,
+    COMPENSATION_NAME,
+)
 from specdef.weights.rewrite import Progress, TensorHashes, copy_other_files, rewrite_tensors
 from specdef.weights.tensor_bytes import tensor_sha256
 
@@ -33,11 +38,13 @@ class Unlocked:
         restored: Folder of the original.
         sha256_equal: Every tensor has the hash that was recorded at lock time (or at the last authorised training).
         tensors: Number of tensors restored.
+        still_locked: Method of the lock that was beneath and is on top now; empty where there is none.
     """
 
     restored: str
     sha256_equal: bool
     tensors: int
+    still_locked: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -45,6 +52,7 @@ class Unlocked:
             "restored": self.restored,
             "sha256_equal": self.sha256_equal,
             "tensors": self.tensors,
+            "still_locked": self.still_locked,
         }
 
 
@@ -56,7 +64,7 @@ def unlock_checkpoint(
     progress: Progress | None = None,
     status: Callable[[str], None] | None = None,
 ) -> Unlocked:
-    """Restore the original of a locked folder.
+    """Restore the original of a locked folder; of two locks, what the upper one was put on: with the lower one's certificate.
 
     Args:
         locked: Folder that `lock_checkpoint` wrote.
@@ -70,7 +78,7 @@ def unlock_checkpoint(
 
     Raises:
         CheckpointError: The folder, its certificate or the key is damaged, or the output cannot be written.
-        KeyMismatch: The key belongs to another lock.
+        KeyMismatch: The key belongs to another lock, or to the one beneath.
         CertificateMismatch: The weights were changed since they were locked, so the original cannot be had from them.
     """
     out = Path(out)
@@ -102,8 +110,12 @@ def unlock_checkpoint(
         (work / COMPENSATION_NAME).unlink(missing_ok=True)
         if (work / BASE_CONFIG_NAME).exists():
             (work / BASE_CONFIG_NAME).replace(work / "config.json")
-        remove_card(work)
-    return Unlocked(restored=str(out), sha256_equal=True, tensors=len(hashes))
+        remove_card(work, certificate)
+        if certificate.below:
+            (work / CERTIFICATE_BELOW_NAME).replace(work / CERTIFICATE_NAME)
+    return Unlocked(
+        restored=str(out), sha256_equal=True, tensors=len(hashes), still_locked=certificate.below.get("method", "")
+    )  # fmt: skip
 
 
 def inverse_edits(key: Key, certificate: LockCertificate) -> dict[str, Edit]:
@@ -184,17 +196,31 @@ def restore_difference(key: Key, name: str, locked: Tensor) -> Tensor:
         ) from error
 
 
+def require_locked_tensors(hashes: Mapping[str, str], certificate: LockCertificate) -> None:
+    """Refuse tensors that are not those that were locked.
+
+    Args:
+        hashes: Tensor name to SHA-256 of what was read.
+        certificate: What they should be.
+
+    Raises:
+        CertificateMismatch: A tensor differs, is missing, or is one too many.
+    """
+    for name in {**certificate.tensors, **hashes}:
+        expected = certificate.tensors.get(name, {}).get("sha256")
+        if expected is None or hashes.get(name) != expected:
+            raise _changed(name, expected=expected, actual=hashes.get(name))
+
+
 def compare_hashes(hashes: Mapping[str, TensorHashes], certificate: LockCertificate) -> None:
     """Refuse unless what was read and what came out are what the certificate says.
 
     Raises:
         CertificateMismatch: A tensor differs, is missing, or is one too many.
     """
-    for name in {**certificate.tensors, **hashes}:
-        expected = certificate.tensors.get(name, {})
-        found = hashes.get(name)
-        if found is None or found.before != expected.get("sha256"):
-            raise _changed(name, expected=expected.get("sha256"), actual=found and found.before)
+    require_locked_tensors({name: found.before for name, found in hashes.items()}, certificate)
+    for name, found in hashes.items():
+        expected = certificate.tensors[name]
         if found.after != expected["sha256_original"]:
             raise CertificateMismatch(
                 f"tensor {name} does not unlock to the original",

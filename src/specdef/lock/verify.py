@@ -20,6 +20,7 @@ from specdef.lock.deformation.retain import RetainFunction, UtilityFunction
 from specdef.lock.files import changed_files
 from specdef.lock.key import Key, load_key, require_match
 from specdef.lock.load import load_model
+from specdef.lock.stack import certificate_below
 from specdef.lock.unlock import changed_tensors, inverse_edits
 from specdef.weights.checkpoint import Checkpoint
 from specdef.weights.edit import OutOfRange
@@ -66,13 +67,15 @@ class Verification:
         tensors_checked: Tensors whose hash was computed.
         method: The lock method.
         claims_bit_identity: What the certificate promises.
-        source_matches: The original given is the one that was locked; None where none was given.
+        source_matches: The original given is the one that was locked, of two locks by either; None where none was given.
         key_matches: The key unlocks this model to the recorded original; None where none was given.
         outputs: Per dtype.
         utility: What the batches given say: metric, value, loss, rows, `recorded` value, `same_data` as at lock time; None
             where none were given.
         problems: What does not hold, one sentence each.
         notes: What could not be compared.
+        below: Method of the lock beneath the one on top; empty where there is none.
+        original_of: Method of the lock whose original was given; None where none was, or it is neither's.
     """
 
     valid: bool
@@ -88,6 +91,8 @@ class Verification:
     utility: dict[str, Any] | None = None
     problems: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = ()
+    below: str = ""
+    original_of: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -113,7 +118,8 @@ def verify_checkpoint(
 
     Args:
         locked: Folder that `lock_checkpoint` wrote. Anyone can check it so far.
-        original: The unlocked model: its hashes and its outputs are compared.
+        original: The unlocked model: its hashes and its outputs are compared. Of two locks, what either was put on: the
+            outputs are then to be what that lock, and all above it, promise.
         key: The key, or its path: its inverse is computed (nothing is written) and hashed.
         dtypes: Dtypes outputs are compared in.
         seed: Seeds the random inputs.
@@ -165,10 +171,22 @@ def verify_checkpoint(
     if key_matches and problems:
         key_matches = False
     problems += changed_files(checkpoint.folder, certificate)
+    below = None
+    try:
+        below = certificate_below(checkpoint.folder, certificate)
+    except (CertificateMismatch, CheckpointError) as error:
+        problems.append(str(error))
     outputs: list[OutputDifference] = []
-    source_matches = None
+    notes: list[str] = []
+    source_matches, origin = None, None
     if original is not None:
-        source_matches = _same_source(Checkpoint.open(original), certificate)
+        origin = _origin(Checkpoint.open(original), [certificate, *([below] if below else [])])
+        source_matches = origin is not None
+        if below and origin is below:
+            notes.append(
+                f"this original is that of the {below.method} lock, beneath the {certificate.method} one: what the outputs "
+                f"may differ by is up to {below.method}; give what the lock on top was put on to check that one alone"
+            )
         if not source_matches:
             problems.append(
                 f"{original} is not the model that was locked (its tensors hash differently)"
@@ -179,26 +197,27 @@ def verify_checkpoint(
             outputs.append(
                 compare_outputs(checkpoint.folder, Path(original), dtype, seed=seed, device=device)
             )
+        promise = origin or certificate
         for item in outputs:
-            recorded = certificate.output_difference.get(item.dtype)
+            recorded = promise.output_difference.get(item.dtype)
             if recorded is not None and not item.max_abs_logit_difference <= _SLACK * recorded:
                 problems.append(
                     f"outputs in {item.dtype} differ by up to {item.max_abs_logit_difference:.3g}, "
                     f"the certificate records {recorded:.3g}"
                 )
-            elif certificate.bit_identical and not item.bit_identical and item.dtype != "float16":
+            elif promise.bit_identical and not item.bit_identical and item.dtype != "float16":
                 problems.append(
                     f"outputs in {item.dtype} differ by up to {item.max_abs_logit_difference:.3g}, bit identity was claimed"
                 )
     measured: dict[str, Any] | None = None
-    notes: list[str] = []
     if heldout is not None:
         if status:
             status("measuring utility")
-        measured, wrong, notes = check_utility(
+        measured, wrong, uncompared = check_utility(
             checkpoint.folder, certificate.utility, heldout, loss=loss, utility=utility, load=load, device=device
         )  # fmt: skip
         problems += wrong
+        notes += uncompared
     # a difference that is not a number is the worst of all
     worst = max(
         outputs,
@@ -222,6 +241,8 @@ def verify_checkpoint(
         utility=measured,
         problems=tuple(problems),
         notes=tuple(notes),
+        below=certificate.below.get("method", ""),
+        original_of=origin.method if origin else None,
     )
 
 
@@ -322,8 +343,14 @@ def _tensor_problems(
     return out
 
 
-def _same_source(original: Checkpoint, certificate: LockCertificate) -> bool:
+def _origin(
+    original: Checkpoint, certificates: Iterable[LockCertificate]
+) -> LockCertificate | None:
+    """Return the certificate of the lock that this model was locked by, if it is one of these."""
     hashes = rewrite_tensors(original, None, {})
-    return table_digest({n: h.before for n, h in hashes.items()}) == table_digest(
-        {n: row["sha256_original"] for n, row in certificate.tensors.items()}
-    )
+    found = table_digest({n: h.before for n, h in hashes.items()})
+    for certificate in certificates:
+        rows = certificate.tensors.items()
+        if found == table_digest({n: row["sha256_original"] for n, row in rows}):
+            return certificate
+    return None

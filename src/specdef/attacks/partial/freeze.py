@@ -49,6 +49,11 @@ def _last_quarter(model: nn.Module) -> set[int]:
     return members(found[len(found) - ceil(len(found) / 4) :])
 
 
+def _last_four(model: nn.Module) -> set[int]:
+    found = blocks(model)
+    return members(found[-4:]) if len(found) > 4 else set()
+
+
 def _first_quarter(model: nn.Module) -> set[int]:
     found = blocks(model)
     return members(found[: ceil(len(found) / 4)])
@@ -65,6 +70,7 @@ PATTERNS: dict[str, tuple[str, Callable[[nn.Module], set[int]], str]] = {
     "attention": ("the attention layers", _attention, "Touvron et al. 2022, arXiv 2203.09795"),
     "mlp": ("the blocks without attention and normalisations", _mlp, "Touvron et al. 2022, arXiv 2203.09795"),
     "last-quarter": ("the last quarter of the blocks", _last_quarter, "Lee et al. 2019, arXiv 1911.03090"),
+    "last-four": ("the last four of more than four blocks", _last_four, "Lee et al. 2019, arXiv 1911.03090"),
     "first-quarter": ("the first quarter of the blocks", _first_quarter, "Lee et al. 2023, arXiv 2210.11466"),
     "embeddings": ("the embeddings", _embeddings, "Artetxe, Ruder & Yogatama 2020, arXiv 1910.11856"),
 }  # fmt: skip

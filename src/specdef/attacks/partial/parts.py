@@ -11,8 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from specdef.lock.compensated import Compensated
 from specdef.lock.embeddings import input_embeddings
 from specdef.lock.embeddings import output_embeddings as output_embeddings
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from specdef.lock.sequential import CONVOLUTIONS as CONVOLUTIONS
 
 
 def is_linear(module: nn.Module) -> bool:

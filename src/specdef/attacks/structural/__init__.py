@@ -15,14 +15,15 @@ from specdef.attacks.structural.merge import Merge
 from specdef.attacks.structural.migrate import Migrate
 from specdef.attacks.structural.quantise import Quantise
 from specdef.attacks.structural.rebalance import Rebalance
+from specdef.attacks.structural.rebalance_clip import RebalanceClip
 
 STRUCTURAL: tuple[Attack, ...] = (
     Merge(), FreezeInserted(), Rebalance(), FoldNorms(), Migrate(), ColumnRates(), KnownScale(), ClipSpectrum(),
-    Inject(), Inject(freeze=False), Factor(), Quantise(8), Quantise(4), Quantise(4, group=128), BaseDiff(),
+    RebalanceClip(), Inject(), Inject(freeze=False), Factor(), Quantise(8), Quantise(4), Quantise(4, group=128), BaseDiff(),
 )  # fmt: skip
 """With their defaults, the cheapest first."""
 
 __all__ = [
     "STRUCTURAL", "BaseDiff", "ClipSpectrum", "ColumnRates", "Factor", "FoldNorms", "FreezeInserted", "Inject", "KnownScale",
-    "Merge", "Migrate", "Quantise", "Rebalance",
+    "Merge", "Migrate", "Quantise", "Rebalance", "RebalanceClip",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from specdef.attacks.attack import Attack, Prepared
-from specdef.attacks.structural.edits import everything, linear_modules
+from specdef.attacks.structural.edits import everything, is_transposed, linear_modules
 from specdef.attacks.structural.reparametrise import reparametrise
 from specdef.attacks.structural.sites import deviation
 from specdef.attacks.task import Task
@@ -18,8 +18,8 @@ class ColumnRates(Attack):
 
     A reparametrisation, not a gradient hook: it scales the step of an adaptive optimiser too, where a hook would be undone
     by its normalisation. Under gradient descent the rate of a column is that of the others times (its size over the median
-    one)^2. Gains of norms are measured against their median; only large ones get other units, since a gain may be small
-    because its channel is not used.
+    one)^2. Gains of norms are measured against their median. A bias goes with the row, or the gain, beside it: it may be 0,
+    and then its own size says nothing.
     """
 
     name = "column-rates"
@@ -39,18 +39,26 @@ class ColumnRates(Attack):
         changed = 0
         for module in linear_modules(model).values():
             weight = module.get_parameter("weight")
-            factors = [f for axis in (0, 1) if bool(((f := _units(weight, axis)) != 1).any())]
-            if factors:
-                reparametrise(module, "weight", *factors)
-                changed += 1
+            writes = 1 if is_transposed(module) else 0
+            units = {axis: _units(weight, axis) for axis in (0, 1)}
+            changed += _change_units(module, "weight", *units.values())
+            changed += _change_units(module, "bias", units[writes].flatten())
         for module in _norms(model):
-            units = _units(module.get_parameter("weight"), 0).clamp_min(1)
-            if bool((units != 1).any()):
-                reparametrise(module, "weight", units)
-                changed += 1
+            units_of_gains = _units(module.get_parameter("weight"), 0)
+            for name in ("weight", "bias"):
+                changed += _change_units(module, name, units_of_gains)
         return Prepared(
             model=model, groups=everything(model), notes=(f"{changed} tensors got other units",)
         )
+
+
+def _change_units(module: nn.Module, name: str, *factors: Tensor) -> int:
+    """Train a parameter in other units; return 0 where it is missing, or all its units are 1."""
+    other = [factor for factor in factors if bool((factor != 1).any())]
+    if not other or not isinstance(module._parameters.get(name), Tensor):
+        return 0
+    reparametrise(module, name, *other)
+    return 1
 
 
 def _units(weight: Tensor, axis: int) -> Tensor:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specdef.attacks.partial.parts import CONVOLUTIONS as CONVOLUTIONS
-from specdef.curvature.losses import Batch
+from specdef.lock.activations import fitted as fitted
 from specdef.lock.compensated import compensated_layers
-from specdef.lock.deformation.config import DeformationConfig
-from specdef.lock.deformation.matrices import find_matrices
-from specdef.lock.deformation.retain import to_device
+from specdef.lock.quantization import weight_matrices
+from specdef.lock.sequential import CONVOLUTIONS as CONVOLUTIONS
+from specdef.lock.sequential import is_linear as is_linear
+from specdef.lock.sequential import is_transposed as is_transposed
 
 
 class Chain(nn.Sequential):
@@ -24,17 +24,6 @@ class Chain(nn.Sequential):
     def weight(self) -> Tensor:
         """Weight of the first layer."""
         return self[0].get_parameter("weight")
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Tell whether a module is transformers' Conv1D, a linear layer that stores its weight (in, out)."""
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Tell whether a module is a plain linear layer or convolution; subclasses may do more, so they do not count."""
-    convolution = type(module) in CONVOLUTIONS and getattr(module, "groups", 1) == 1
-    return type(module) is nn.Linear or convolution or is_transposed(module)
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -121,10 +110,7 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    for name, item in find_matrices(model, DeformationConfig(k=1)).items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        view = item.view(item.parameter.detach())
-        yield name, view.mT if is_transposed(owner) else view
+    yield from weight_matrices(model).items()
 
 
 def without_matrices(model: nn.Module) -> str:
@@ -139,16 +125,3 @@ def without_matrices(model: nn.Module) -> str:
 def everything(model: nn.Module) -> list[dict[str, Any]]:
     """Return one parameter group of all parameters that can be trained."""
     return [{"params": [p for p in model.parameters() if p.is_floating_point()]}]
-
-
-def fitted(batch: Batch, model: nn.Module) -> Batch:
-    """Return a batch on the device of a model, its floating inputs in the model's dtype."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    own = to_device(batch, model)
-    if isinstance(own, Mapping):
-        return {name: cast(value) for name, value in own.items()}
-    return [cast(value) for value in own]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from specdef.attacks.attack import Attack, Prepared
 from specdef.attacks.structural.edits import everything, matrices, without_matrices
 from specdef.attacks.task import Task
+from specdef.lock.quantization import round_to_grid
 
 
 class Quantise(Attack):
@@ -47,25 +48,3 @@ class Quantise(Attack):
         for _, matrix in matrices(model):
             matrix.copy_(round_to_grid(matrix, self.bits, self.group))
         return Prepared(model=model, groups=everything(model))
-
-
-def round_to_grid(matrix: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """Return a matrix rounded to integers of some bits times a step, the step such that the largest entry is kept.
-
-    Args:
-        matrix: (…, out, in).
-        bits: Width of the integers.
-        group: Inputs that share a step; None for all. The last group may be shorter.
-
-    Returns:
-        Same shape and dtype.
-
-    >>> round_to_grid(torch.tensor([[1.0, 0.4, -0.1]]), 2)
-    tensor([[1., 0., -0.]])
-    """
-    top = 2 ** (bits - 1) - 1
-    rounded = []
-    for part in torch.split(matrix.double(), group or max(1, matrix.shape[-1]), dim=-1):
-        step = part.abs().amax(-1, keepdim=True) / top
-        rounded.append(torch.where(step > 0, (part / step).round() * step, 0.0))
-    return torch.cat(rounded, -1).to(matrix.dtype)

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from specdef.attacks.structural.edits import CONVOLUTIONS, is_linear, is_transposed
 from specdef.errors import SpecDefError
 from specdef.lock.channels import position_table
-from specdef.lock.in_memory import model_config, unique_tensors
-from specdef.symmetries import Leg, Site, SiteKind, find_sites
-
-_PASSING = (
-    nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d, nn.MaxPool2d,
-    nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-)  # fmt: skip
-"""f(s x) = s f(x) for every s > 0, channel by channel."""
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from specdef.lock.in_memory import unique_tensors
+from specdef.lock.sequential import find_symmetries
+from specdef.symmetries import Leg, Site
 
 
 def symmetric_sites(model: nn.Module) -> tuple[Site, ...]:
@@ -37,10 +28,7 @@ def symmetric_sites(model: nn.Module) -> tuple[Site, ...]:
     Raises:
         SpecDefError: The family has no table, or the tensors do not fit it.
     """
-    if getattr(model, "config", None) is None:
-        return tuple(_sequential_sites(model))
-    shapes = {name: tuple(tensor.shape) for name, tensor in unique_tensors(model).items()}
-    return find_sites(model_config(model), shapes).sites
+    return find_symmetries(model, unique_tensors(model)).sites
 
 
 def without_sites(model: nn.Module, *kinds: str) -> str:
@@ -125,50 +113,3 @@ def has_room(tensors: Mapping[str, Tensor], site: Site, exponents: Tensor) -> Te
         factor = torch.exp2(sign * exponents.double())
         room &= (low * factor >= info.tiny) & (high * factor <= info.max)
     return room
-
-
-def _sequential_sites(model: nn.Module) -> Iterator[Site]:
-    """Yield what may be rescaled between neighbours: linear, norm -> anything homogeneous -> linear."""
-    for path, parent in model.named_modules():
-        if not isinstance(parent, nn.Sequential):
-            continue
-        before: tuple[str, SiteKind, Any] | None = None
-        for name, module in parent.named_children():
-            own = f"{path}.{name}" if path else name
-            if is_linear(module):
-                if before is not None and (site := _site(*before, own, module)):
-                    yield site
-                before = own, "relu", module
-            elif isinstance(module, _BATCH_NORMS) and module.affine:
-                before = own, "batchnorm", module
-            elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.elementwise_affine:
-                before = own, "norm", module
-            elif not isinstance(module, _PASSING):
-                before = None
-
-
-def _site(
-    name: str, kind: SiteKind, producer: Any, reader: str, consumer: nn.Module
-) -> Site | None:
-    """Return the site between two layers; None where their channels do not fit."""
-    out = 1 if is_transposed(producer) else 0
-    size = producer.weight.shape[out]
-    # a convolution counts channels along axis 1, which a linear layer behind it would not see
-    same = isinstance(producer, CONVOLUTIONS) == isinstance(consumer, CONVOLUTIONS)
-    axis = 0 if is_transposed(consumer) else 1
-    fits = same or kind in ("norm", "batchnorm")
-    if producer.weight.ndim > 1 and not fits:
-        return None
-    if consumer.get_parameter("weight").shape[axis] != size:
-        return None
-    producers = [Leg(tensor=f"{name}.weight", axis=out if producer.weight.ndim > 1 else 0, size=size)]  # fmt: skip
-    if getattr(producer, "bias", None) is not None:
-        producers.append(Leg(tensor=f"{name}.bias", axis=0, size=size))
-    return Site(
-        name=name,
-        kind=kind,
-        layer=None,
-        size=size,
-        producers=tuple(producers),
-        consumers=(Leg(tensor=f"{reader}.weight", axis=axis, size=size),),
-    )
