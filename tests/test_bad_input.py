@@ -414,8 +414,10 @@ def changed(value: Any) -> Any:
     match value:
         case bool():
             return not value
-        case int() | float():
+        case int():
             return value + 1
+        case float():
+            return 2 * value + 1  # one more is the same number above 2^53
         case str():
             return f"{value}x"
         case list():

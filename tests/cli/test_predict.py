@@ -29,7 +29,7 @@ NUMBERS = {
 def pair(ready, tmp_path_factory):
     """A tiny llama and a locked form of it."""
     folder = tmp_path_factory.mktemp("predict") / "locked"
-    specdef.lock_checkpoint(ready("llama"), folder, specdef.LockConfig(scale=2.0**10, min_scale=2.0))  # fmt: skip
+    specdef.lock_checkpoint(ready("llama"), folder, specdef.LockConfig.preset("convex", scale=2.0**10, min_scale=2.0))  # fmt: skip
     return ready("llama"), folder
 
 
