@@ -7,7 +7,7 @@ lies at 1 for a column that is all noise. Rescaling x_c by s multiplies both by 
 happens to have.
 
 Differs from FACTS 3, which divides by rms(x_c) alone: a channel that is huge at one token, where the loss hardly depends on it, then counts
-as useless though it is not explosive either. On SmolLM2 such channels let an attacker gain three times as much (dev/LOG.md, 2026-11-22).
+as useless though it is not explosive either (dev/LOG.md, 2026-11-22; `benchmarks/slices.py`).
 """
 
 from __future__ import annotations

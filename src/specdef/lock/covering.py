@@ -21,8 +21,8 @@ otherwise, and a rate relative to the norm of a tensor would be inf: no lock, si
 Within a layer the gains of norms lie `slack` octaves above the columns: a single number gives an attacker the least. Of the columns, those
 of the site that comes first in a layer lie half a gap above the others, so that whoever trains all linear layers meets one column.
 
-The layer on top of the tree is the last one with all kinds of sites: what its slices give an attacker is least (dev/LOG.md, 2026-11-22: on
-SmolLM2 half of what those of a middle layer give, and a sixth of those of the first). Below it the tree is balanced, so that this
+The layer on top of the tree is the last one with all kinds of sites: by trial on SmolLM2, what its slices give an attacker is least
+(dev/LOG.md, 2026-11-22; `benchmarks/slices.py`). Below it the tree is balanced, so that this
 costs at most one level.
 """
 
