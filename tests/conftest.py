@@ -1,4 +1,4 @@
-"""Fixtures: tiny models of every family as ordinary folders, made once per session."""
+"""Fixtures: tiny models of every family as ordinary folders, made once per session, and a cache of the test's own."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep what is cached in a folder of this test, which is made when it is needed."""
+    monkeypatch.setenv("SPECDEF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -1,4 +1,4 @@
-"""Shared by the tests of files on disk: hand-made safetensors, snapshots, and a server that forks locks to be killed.
+"""Shared by the tests of locks: hand-made safetensors, snapshots of folders and models, and a server that forks locks to be killed.
 
 Run as a script it is that server: it imports torch once, then forks for every request, so that a hundred killed locks
 cost seconds and no fork happens in a process that has threads.
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 torch.set_num_threads(1)
 
@@ -79,6 +80,18 @@ def tensor_hashes(path: Path) -> dict[str, str]:
         name: hashlib.sha256(bytes(value["data"])).hexdigest()
         for name, value in deserialize(path.read_bytes())
     }
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of a model's state."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Tell whether the same names hold the same values in the same dtypes."""
+    return first.keys() == second.keys() and all(
+        first[n].dtype == second[n].dtype and torch.equal(first[n], second[n]) for n in first
+    )
 
 
 def leftovers(folder: Path) -> list[str]:

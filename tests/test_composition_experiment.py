@@ -27,13 +27,9 @@ from specdef.experiments.lock_table import UNLOCKED
 from specdef.experiments.toy_locks_setup import Net
 from specdef.lock.stack import locks
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 NET = Net(hidden=24, depth=2, rows=256)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPECDEF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import specdef
-from helpers import leftovers, snapshot, tensor_hashes
+from helpers import leftovers, same, snapshot, state, tensor_hashes
 from specdef import DeformationConfig
 from specdef.errors import (
     CertificateMismatch,
@@ -65,16 +65,6 @@ class Untouched:
 
     def __iter__(self):
         raise AssertionError("the data was touched")
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(
-        first[n].dtype == second[n].dtype and torch.equal(first[n], second[n]) for n in first
-    )
 
 
 def shards(folder):

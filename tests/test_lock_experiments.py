@@ -32,13 +32,9 @@ from specdef.experiments.toy_locks_setup import (
     problem,
 )
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 NET = Net(hidden=12, depth=3, rows=256)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPECDEF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")

@@ -26,13 +26,9 @@ from specdef.lock.config import LockConfig
 from specdef.lock.in_memory import lock_model
 from specdef.models.tiny import tiny_model
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 TARGETS = (max_lock_mlp, max_lock_resnet, max_lock_smollm2)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPECDEF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def net(depth=3):

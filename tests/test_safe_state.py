@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import specdef
+from helpers import same, state
 from specdef.errors import CheckpointError, KeyMismatch, SpecDefError
 from specdef.lock.compensated import Compensated
 from specdef.models.tiny import tiny_inputs, tiny_model
@@ -22,14 +23,6 @@ def locked(tiny_folder, tmp_path):
     """Return the folder of an absorbed lock and its key."""
     certificate = specdef.lock_checkpoint(tiny_folder("llama"), tmp_path / "locked")
     return tmp_path / "locked", certificate.key
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def test_a_lock_in_memory_that_does_not_fit_changes_nothing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +88,12 @@ def dry_run(
         extra: What else is to be printed as JSON, by key.
     """
     from specdef.lock.certificate import count_reasons
+    from specdef.lock.load import load_model
     from specdef.lock.lock import calibrate_checkpoint, open_lockable, plan_lock
-    from specdef.lock.ranges import planned_ranges
-    from specdef.weights.source import FolderSource
 
     checkpoint = open_lockable(folder, out, recipe.method)  # refuses what a real run does
-    scores = calibrate_checkpoint(checkpoint, batches, recipe) if batches is not None else None
+    load = cache(load_model)  # once, for scores and forecast
+    scores = calibrate_checkpoint(checkpoint, batches, recipe, load=load) if batches is not None else None  # fmt: skip
     plan = plan_lock(checkpoint, recipe, scores=scores)
     _, dropped = checkpoint.other_files()
     written = output_bytes(checkpoint.nbytes, plan)
@@ -110,18 +111,17 @@ def dry_run(
         "uncovered": count_reasons(plan.uncovered),
         "dropped": dropped,
         "notes": [*plan.notes, *notes],
-        "ranges": planned_ranges(FolderSource(checkpoint), plan.scalings).to_dict() if plan.scalings else None,
+        "ranges": plan.ranges.to_dict() if plan.ranges else None,
         **(extra or {}),
     }  # fmt: skip
     lines: list[str] = []
     if plan.scalings:
         from specdef.lock.forecast import expected_slowdowns, tier_lines
-        from specdef.lock.load import load_model
 
         expected = []
         if batches is not None:
             say("forecasting the slowdown")
-            expected = expected_slowdowns(load_model(folder).eval(), batches[:1], plan.scalings)
+            expected = expected_slowdowns(load(checkpoint.folder).eval(), batches[:1], plan.scalings)  # fmt: skip
         values["expected"] = [e.to_dict() for e in expected]
         lines = tier_lines(expected, max(e.exponent for edits in plan.scalings.values() for e in edits))  # fmt: skip
     if as_json:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import specdef
@@ -21,8 +22,10 @@ from specdef.audit.report import AuditReport, Curve
 from specdef.audit.statistics import mean_interval
 from specdef.audit.suite import Suite
 from specdef.audit.sweeps import Progress
+from specdef.curvature.losses import model_outputs
 from specdef.data.cache import cache_dir
 from specdef.experiments.record import versions
+from specdef.lock.deformation.retain import to_device
 
 UNLOCKED, SCRATCH = "unlocked", "from scratch"
 """Columns beside the locks."""
@@ -174,6 +177,23 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Rows:
         }
         for (lock, attack, optimizer), part in groups.items()
     ]  # fmt: skip
+
+
+def largest_output_difference(first: nn.Module, second: nn.Module, task: Task) -> float:
+    """Return the largest difference between the outputs of two models on the first held-out batch of a task.
+
+    Args:
+        first: A model.
+        second: Another, on the same device.
+        task: The task.
+
+    Returns:
+        It, in absolute value.
+    """
+    batch = to_device(task.heldout[0], first)
+    with torch.no_grad():
+        a, b = (model_outputs(model, batch).float() for model in (first, second))
+    return float((a - b).abs().max())
 
 
 def text_table(

@@ -13,18 +13,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from specdef.attacks.task import Budget, Task
 from specdef.audit.suite import Suite
-from specdef.curvature.losses import model_outputs
 from specdef.errors import SpecDefError
 from specdef.experiments.lock_table import (
     Audited,
     Rows,
     audit_case,
     forget,
+    largest_output_difference,
     report_rows,
     state_file,
     unique_rows,
@@ -34,7 +33,6 @@ from specdef.experiments.max_lock_plot import draw
 from specdef.experiments.max_lock_report import cells_of, claims, correlations, table
 from specdef.experiments.record import Progress, make_record, write_record
 from specdef.lock.config import LockConfig
-from specdef.lock.deformation.retain import to_device
 from specdef.lock.in_memory import lock_model
 
 DESIGNS: dict[str, LockConfig] = {
@@ -47,7 +45,7 @@ DESIGNS: dict[str, LockConfig] = {
 }
 """The columns; what stands between convex and max leaves out one part of it."""
 
-MAIN = ("uniform", "convex", "max")
+MAIN = ("uniform", "max")
 """The columns where time is short."""
 
 
@@ -218,7 +216,7 @@ def _measure(
                 if row["lock"] == design:
                     row["predicted"] = forecast.get(row["attack"])
             rows += found
-        difference = _output_difference(original, victim, problem.task)
+        difference = largest_output_difference(original, victim, problem.task)
         top = max(edit.exponent for edits in locked.key.scalings.values() for edit in edits)
         locks.append({"task": task, "seed": seed, "lock": design, "output_difference": difference, "top_exponent": top, **facts})  # fmt: skip
     return unique_rows(rows), locks, unrun
@@ -230,14 +228,3 @@ def _unrun(report: Any) -> dict[str, str]:
         for cell in report.cells
         if cell.status in ("not applicable", "invalid")
     }
-
-
-def _output_difference(first: nn.Module, second: nn.Module, task: Task) -> float:
-    batch = to_device(task.heldout[0], first)
-    with torch.no_grad():
-        a, b = (_float(model_outputs(model, batch)) for model in (first, second))
-    return float((a - b).abs().max())
-
-
-def _float(outputs: Tensor) -> Tensor:
-    return outputs.float()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specdef.attacks.task import Budget
-from specdef.experiments.max_lock import DESIGNS, Plan, Problem, run_table
+from specdef.experiments.max_lock import DESIGNS, MAIN, Plan, Problem, run_table
 from specdef.experiments.max_lock_report import FULL, PARTIAL, RESISTING
 from specdef.experiments.record import Progress
 from specdef.experiments.toy_locks_setup import Net
@@ -31,7 +31,7 @@ SIZES: dict[str, tuple[Net, Plan]] = {
     "smoke": (
         Net(hidden=16, depth=3, rows=512),
         Plan(
-            attacks=("full-adamw", "only-embeddings", "rebalance"), designs=("uniform", "max"),
+            attacks=("full-adamw", "only-embeddings", "rebalance"), designs=MAIN,
             tasks=(TASK,), budget=Budget(steps=16, evaluations=2), refine=False, left_out={"full-muon": "not at this size"},
         ),
     ),

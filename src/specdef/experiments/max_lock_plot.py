@@ -25,7 +25,7 @@ def draw(
     Returns:
         The figure.
     """
-    attacks = list(dict.fromkeys(c["attack"] for c in cells))
+    attacks = list(dict.fromkeys(c["attack"] for c in cells if c["lock"] in designs))
     width = 1.3 * len(designs) + 2.4
     figure = Figure(figsize=(width * len(tasks) + 5, 0.36 * len(attacks) + 2), layout="constrained")
     *maps, scatter = figure.subplots(1, len(tasks) + 1, width_ratios=[width] * len(tasks) + [5])

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
 
-from specdef.experiments.lock_table import SCRATCH, UNLOCKED, Rows, summarise, text_table
+from specdef.experiments.lock_table import (
+    SCRATCH,
+    UNLOCKED,
+    Rows,
+    cell_text,
+    summarise,
+    text_table,
+)
 from specdef.experiments.record import claim
 
 FULL = ("full-adamw", "full-momentum", "full-lion", "full-muon", "full-adafactor")
@@ -51,12 +58,12 @@ def cells_of(rows: Rows, tasks: Sequence[str]) -> Rows:
         tasks: Names of the tasks, in the order wanted.
 
     Returns:
-        Cells as `summarise` makes them, with task, steps, slowdown (mean, None where a seed is censored), prepare_seconds
+        Cells as `summarise` makes them, what fresh weights reach among them, with task, steps, slowdown (mean, None where a seed is censored), prepare_seconds
         (mean) and predicted (geometric mean).
     """
     cells: Rows = []
     for task in tasks:
-        own = [row for row in rows if row["task"] == task and row["lock"] != SCRATCH]
+        own = [row for row in rows if row["task"] == task]
         for cell in summarise(own):
             part = [r for r in own if all(r[n] == cell[n] for n in ("lock", "attack", "optimizer"))]
             forecast = [r["predicted"] for r in part if r.get("predicted")]
@@ -119,11 +126,17 @@ def table(
     """
     lines: list[str] = []
     for task in tasks:
-        own = [cell for cell in cells if cell["task"] == task]
+        every = [cell for cell in cells if cell["task"] == task]
+        own = [cell for cell in every if cell["lock"] != SCRATCH]
         lines += ["", f"{task}: share of the unlocked gain that the best of a sweep recovers", ""]
         lines += text_table(own, designs, "recovered", {}, digits=3)
         lines += ["", f"{task}: lowest held-out loss", ""]
         lines += text_table(own, (UNLOCKED, *designs), "loss", {}, digits=3)
+        lines += _from_scratch(every, "loss")
+        if any(cell.get("accuracy") for cell in own):
+            lines += ["", f"{task}: highest held-out accuracy of any run", ""]
+            lines += text_table(own, (UNLOCKED, *designs), "accuracy", {}, digits=3)
+            lines += _from_scratch(every, "accuracy")
     lines += ["", *_cost_of_undoing(cells)]
     shorter = {cell["attack"]: cell["steps"] for cell in cells}
     usual = max(shorter.values(), default=0)
@@ -187,6 +200,15 @@ def _measured(cell: Mapping[str, Any], name: str) -> float | None:
     if name == "slowdown":
         return float(cell["slowdown"]) if cell["slowdown"] else None
     return 1 / max(float(cell["recovered"]["mean"]), FLOOR) if cell["recovered"] else None
+
+
+def _from_scratch(cells: Rows, quantity: str) -> list[str]:
+    """Return what fresh weights reach: no lock can hold longer than that."""
+    return [
+        f"From scratch ({cell['optimizer']}, {cell['steps']} steps): {cell_text(cell[quantity], digits=3)}."
+        for cell in cells
+        if cell["lock"] == SCRATCH and cell.get(quantity)
+    ]
 
 
 def _cost_of_undoing(cells: Rows) -> list[str]:

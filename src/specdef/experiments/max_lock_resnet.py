@@ -15,7 +15,7 @@ from specdef.data.idx import is_idx_folder
 from specdef.errors import SpecDefError
 from specdef.experiments.deformation_measure import Settings as Original
 from specdef.experiments.deformation_measure import batches, places, trained
-from specdef.experiments.max_lock import DESIGNS, Plan, Problem, run_table
+from specdef.experiments.max_lock import DESIGNS, MAIN, Plan, Problem, run_table
 from specdef.experiments.max_lock_report import FULL, PARTIAL, RESISTING
 from specdef.experiments.record import Progress
 from specdef.lock.load import load_model
@@ -58,7 +58,7 @@ SIZES: dict[str, tuple[Settings, Plan]] = {
     "cpu": (
         Settings(train=40, heldout_rows=200, calibration=8, batch_size=16),
         Plan(
-            attacks=tuple(a for a in ROWS if a not in TOO_DEAR), designs=("uniform", "max"), tasks=(TASK,),
+            attacks=tuple(a for a in ROWS if a not in TOO_DEAR), designs=MAIN, tasks=(TASK,),
             budget=Budget(steps=40, evaluations=4), refine=False, left_out=TOO_DEAR,
         ),
     ),
@@ -72,7 +72,7 @@ SIZES: dict[str, tuple[Settings, Plan]] = {
             train=10, heldout_rows=250, calibration=1,
         ),
         Plan(
-            attacks=("full-adamw", "only-norms", "rebalance"), designs=("uniform", "max"), tasks=("negatives",),
+            attacks=("full-adamw", "only-norms", "rebalance"), designs=MAIN, tasks=("negatives",),
             budget=Budget(steps=10, evaluations=2), refine=False,
         ),
     ),
@@ -111,7 +111,7 @@ def run(
     with places(settings.original) as (data, models):
 
         def problem(_: str, seed: int) -> Problem:
-            return _problem(settings, data, models, seed, progress or (lambda _: None))
+            return problem_of(settings, data, models, seed, progress or (lambda _: None))
 
         return run_table(
             "max_lock_resnet", out, plan, problem, seeds=seeds, size=size, settings=asdict(settings), attacks=attacks,
@@ -119,7 +119,19 @@ def run(
         )  # fmt: skip
 
 
-def _problem(settings: Settings, data: Path | str, models: Path, seed: int, say: Progress) -> Problem:  # fmt: skip
+def problem_of(settings: Settings, data: Path | str, models: Path, seed: int, say: Progress) -> Problem:  # fmt: skip
+    """Return the trained net and what it is taught.
+
+    Args:
+        settings: See `Settings`.
+        data: Where MNIST lies.
+        models: Where trained nets are kept.
+        seed: Of the net and of the pictures drawn.
+        say: Told of the training.
+
+    Returns:
+        Net, task, and the net's own data.
+    """
     folder, _ = trained(data, models, settings.original, seed, say)
     model = load_model(folder, dtype="float32").eval()
     size = settings.batch_size

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from specdef.attacks.task import Budget
 from specdef.curvature.losses import LMLoss
-from specdef.experiments.max_lock import DESIGNS, Plan, Problem, run_table
+from specdef.experiments.max_lock import DESIGNS, MAIN, Plan, Problem, run_table
 from specdef.experiments.max_lock_report import FULL, PARTIAL, RESISTING
 from specdef.experiments.mixed_precision import MixedPrecision
 from specdef.experiments.record import Progress
@@ -48,7 +48,7 @@ SIZES: dict[str, tuple[Settings, Plan]] = {
     "cpu": (
         Settings(steps=40, evaluations=4, train=40, heldout=8, calibration=32, batch_size=1, length=64),
         Plan(
-            attacks=tuple(a for a in ROWS if a not in TOO_DEAR | SAME), designs=("uniform", "max"), tasks=TASKS,
+            attacks=tuple(a for a in ROWS if a not in TOO_DEAR | SAME), designs=MAIN, tasks=TASKS,
             budget=Budget(steps=40, evaluations=4), refine=False, left_out=TOO_DEAR | SAME, fewer={"python": AGAIN},
             steps=dict.fromkeys(RESISTING, 10),
         ),
@@ -60,7 +60,7 @@ SIZES: dict[str, tuple[Settings, Plan]] = {
     "smoke": (
         Settings(steps=12, evaluations=2, train=8, heldout=1, calibration=1, length=24, tiny=True),
         Plan(
-            attacks=("full-adamw", "rebalance"), designs=("uniform", "max"), tasks=TASKS[:1],
+            attacks=("full-adamw", "rebalance"), designs=MAIN, tasks=TASKS[:1],
             budget=Budget(steps=12, evaluations=2), refine=False, left_out=TOO_DEAR,
         ),
     ),

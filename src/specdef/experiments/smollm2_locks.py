@@ -28,6 +28,7 @@ from specdef.experiments.lock_table import (
     Rows,
     audit_rows,
     forget,
+    largest_output_difference,
     state_file,
     summarise,
     text_table,
@@ -134,7 +135,7 @@ def run(
             case = Audited(lock=name, seed=seed, locked=victim, original=original, task=task, attacks=attacks)  # fmt: skip
             found, start = audit_rows(case, budget, journal, say)
             rows += found
-            difference = _logit_difference(original, victim, task)
+            difference = largest_output_difference(original, victim, task)
             exact.append({"seed": seed, "lock": name, "logit_difference": difference, **start})
     rows = unique_rows(rows)
     earlier = {} if settings.tiny else EARLIER
@@ -200,13 +201,6 @@ def _pretrain(model: nn.Module, batches: list[Any]) -> None:
         model(**batch).loss.backward()
         optimizer.step()
     optimizer.zero_grad()
-
-
-def _logit_difference(first: nn.Module, second: nn.Module, task: Task) -> float:
-    batch: Any = task.heldout[0]
-    ids = batch["input_ids"].to(next(first.parameters()).device)
-    with torch.no_grad():
-        return float((first(input_ids=ids).logits - second(input_ids=ids).logits).abs().max())
 
 
 def _claims(cells: Rows, exact: Rows) -> list[dict[str, Any]]:

@@ -78,6 +78,9 @@ def plan_absorbed(
         if writers:
             # One number, or one row, gives an attacker little: what counts is how soon it wrecks the model.
             score = channels.reach(site).double()
+            if scores is not None:
+                # Behind a ReLU that never opened nothing explodes, however far it would reach.
+                score[~scores[site.name].isfinite()] = math.inf
         else:
             score = (channels.activity(site) if scores is None else scores[site.name]).double()
         usable &= score.isfinite()
@@ -152,12 +155,14 @@ def plan_absorbed(
             uncovered |= {leg.tensor: reason for leg in site.consumers}
     covered = {name for record in records if record.side == "readers" for name in record.covers}
     uncovered = {name: reason for name, reason in uncovered.items() if name not in covered}
+    ranges = planned_ranges(source, scalings)
     return LockPlan(
         method="absorbed",
         sites=tuple(records),
         scalings={name: tuple(edits) for name, edits in scalings.items()},
         uncovered=uncovered,
-        notes=(*planned_ranges(source, scalings).warnings(), *_coverage(uncovered)),
+        notes=(*ranges.warnings(), *_coverage(uncovered)),
+        ranges=ranges,
         sigma_max_before=before,
         sigma_max_after=after,
     )

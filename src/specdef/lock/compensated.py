@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from specdef.errors import SpecDefError
 from specdef.lock.names import NameMap
+from specdef.lock.sequential import is_transposed
 
 MODEL_TYPE = "specdef-compensated"
 """Written as `model_type`: a runtime that knows nothing of C then refuses the folder, instead of running W~ alone."""
@@ -108,7 +108,7 @@ def module_path(model: nn.Module, name: str) -> str:
     module = model.get_submodule(path)
     convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1
     if attribute == "weight" and (
-        isinstance(module, nn.Linear | Compensated) or convolution or _is_conv1d(module)
+        isinstance(module, nn.Linear | Compensated) or convolution or is_transposed(module)
     ):
         return path
     raise SpecDefError(
@@ -132,9 +132,3 @@ def locked_config(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
         "architectures": config.get("architectures"),
         "specdef": {"load_with": "specdef.load_model", "locked": list(names)},
     }
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and isinstance(
-        getattr(module, "weight", None), torch.Tensor
-    )

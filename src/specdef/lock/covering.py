@@ -41,7 +41,7 @@ Side = Literal["readers", "writers"]
 ROOM = 60
 """Octaves by which an entry or a gradient may grow so that its square fits float32: beyond, Adam freezes it, and Adafactor ends in NaN."""
 
-VECTORS = frozenset({"norm", "batchnorm"})
+VECTORS = frozenset({"norm", "batchnorm", "stream"})
 """Kinds of sites whose writers are gains: vectors, of which a channel is one number."""
 
 
@@ -95,9 +95,8 @@ def covering(sites: Sequence[Site], config: LockConfig) -> list[tuple[Site, Side
     between = [any(site.kind not in VECTORS for site in members) for members in layers.values()]
     behind = [d if any(between[i:]) else max(depth) + 1 for i, d in enumerate([*depth[1:], 0], 1)]
     vectors = config.both_sides and any(site.kind in VECTORS for site in sites)
-    if (
-        config.both_sides and not vectors
-    ):  # in every matrix a scaled row of one site crosses a scaled column of the next
+    # Without vectors, in every matrix a scaled row of one site crosses a scaled column of the next.
+    if config.both_sides and not vectors:
         high = max(min(high, (ROOM + config.gap) // 2), low)
     found: list[tuple[Site, Side, int]] = []
     inner: list[tuple[Site, int]] = []

@@ -26,7 +26,7 @@ from specdef.errors import SpecDefError
 from specdef.lock.deformation.retain import task_loss
 from specdef.lock.names import NameMap
 from specdef.symmetries.roles import layer_index
-from specdef.weights.edit import ScaleEdit
+from specdef.weights.edit import ScaleEdit, total_exponents
 
 Step = Literal["sign", "gradient"]
 """sign: every entry moves alike (Adam, Lion, Muon, nearly); gradient: in proportion to its gradient (SGD with momentum or without)."""
@@ -99,13 +99,7 @@ def exponents_of(
     Returns:
         Name to exponents, of the tensor's own shape.
     """
-    found = {}
-    for name, edits in scalings.items():
-        e = torch.zeros(tuple(shapes[name]))
-        for edit in edits:
-            e[edit.lead].select(edit.axis - len(edit.lead), edit.position).sub_(edit.exponent)
-        found[name] = e
-    return found
+    return {name: -total_exponents(shapes[name], edits).float() for name, edits in scalings.items()}
 
 
 def expected_slowdowns(
@@ -154,8 +148,9 @@ def expected_slowdowns(
         g = G.gradient()
         e = torch.cat([exponents.get(n, torch.zeros(())).expand(s).flatten() for n, s in shapes.items()])  # fmt: skip
         e = e.to(g.device, g.dtype)
-        for part, members in parts.items():
-            inside = torch.cat([torch.full((s.numel(),), n in set(members)) for n, s in shapes.items()]).to(g.device)  # fmt: skip
+        for part, names_inside in parts.items():
+            members = set(names_inside)
+            inside = torch.cat([torch.full((s.numel(),), n in members) for n, s in shapes.items()]).to(g.device)  # fmt: skip
             top = e[inside].max()
             for step in steps:
                 power = POWER[step]

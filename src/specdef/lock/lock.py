@@ -218,7 +218,11 @@ def open_lockable(source: str | Path, out: Path, method: str) -> Checkpoint:
 
 
 def calibrate_checkpoint(
-    checkpoint: Checkpoint, batches: Iterable[Batch], config: LockConfig
+    checkpoint: Checkpoint,
+    batches: Iterable[Batch],
+    config: LockConfig,
+    *,
+    load: Callable[[Path], nn.Module] = load_model,
 ) -> dict[str, Tensor]:
     """Load the model of a folder and score the channels of its sites on batches.
 
@@ -226,13 +230,14 @@ def calibrate_checkpoint(
         checkpoint: The open folder.
         batches: Inputs with labels.
         config: Its channel, layers and target_modules are used.
+        load: How the folder becomes a model, which is left as it was.
 
     Returns:
         Site name to channel scores, as `plan_lock` takes them.
     """
     sites = find_sites(checkpoint.config, checkpoint.shapes).sites
     chosen = select_sites(sites, config)
-    model = load_model(checkpoint.folder).eval()
+    model = load(checkpoint.folder).eval()
     return calibrated_scores(model, chosen, batches, channel=config.channel)
 
 
@@ -280,11 +285,12 @@ def _lock(
     notes: tuple[str, ...],
 ) -> LockCertificate:
     scores = None
+    batches: list[Batch] = []
     if calibration is not None and config.method == "absorbed":
         if status:
             status("calibrating")
-        calibration = list(calibration)
-        scores = calibrate_checkpoint(checkpoint, calibration, config)
+        batches = list(calibration)
+        scores = calibrate_checkpoint(checkpoint, batches, config)
     banned: set[tuple[str, int]] = set()
     written: list[Path] = []
     while True:
@@ -296,8 +302,8 @@ def _lock(
                 certificate, key = _write(
                     checkpoint, work, plan, config, source_name, scores, progress, status
                 )
-                if scores is not None and calibration is not None:
-                    require_finite_activations(work, list(calibration))
+                if scores is not None:
+                    require_finite_activations(work, batches)
                 had_key = key_path.exists()
                 key.save(key_path)
                 written += [] if had_key else [key_path]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from specdef.lock.range_report import RangeReport
 from specdef.weights.edit import ScaleEdit
 
 
@@ -79,6 +80,7 @@ class LockPlan:
         projections: Tensor name to projection (compensated, scaled).
         uncovered: Linear inputs the lock does not reach: name to reason.
         notes: Sentences the user should read.
+        ranges: Whether what is scaled fits the dtypes it may be loaded in (absorbed).
         sigma_max_before: Largest singular value of the matrix whose largest singular value is largest after the lock.
         sigma_max_after: The same after.
     """
@@ -89,6 +91,7 @@ class LockPlan:
     projections: Mapping[str, Projection] = field(default_factory=dict)
     uncovered: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ranges: RangeReport | None = None
     sigma_max_before: float = float("nan")
     sigma_max_after: float = float("nan")
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from specdef.lock.deformation.config import DeformationConfig
 from specdef.lock.deformation.matrices import find_matrices
+from specdef.lock.sequential import is_transposed
 
 GGUF_FORMATS = ("q8_0", "q5_0", "q4_0", "q6_k", "q4_k")
 """Block formats of llama.cpp that people publish."""
@@ -144,7 +145,7 @@ def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
     views = {}
     for name, item in items.items():
         view = item.view(item.parameter.detach())
-        transposed = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+        transposed = is_transposed(model.get_submodule(name.rpartition(".")[0]))
         views[name] = view.mT if transposed else view
     return views
 
@@ -167,7 +168,7 @@ def quantized(model: nn.Module, form: Format) -> Iterator[int]:
         if form.activation_bits is not None:
             bits = form.activation_bits
             for module in model.modules():
-                if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+                if isinstance(module, nn.Linear) or is_transposed(module):
                     handles.append(
                         module.register_forward_pre_hook(
                             lambda _, inputs: (round_to_grid(inputs[0], bits), *inputs[1:])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdef.lock.range_report import ADAM_EXPONENT, DtypeRange, RangeReport, TensorRange
-from specdef.weights.edit import ScaleEdit
+from specdef.weights.edit import ScaleEdit, total_exponents
 from specdef.weights.source import EXACT_ELEMENTS, TensorSource
 
 RUNTIME_DTYPES = ("float32", "bfloat16", "float16")
@@ -102,9 +102,7 @@ def _planned(
     for name, edits in scalings.items():
         shape = source.shapes[name]
         if math.prod(shape) <= EXACT_ELEMENTS:
-            exponents = torch.zeros(shape, dtype=torch.float64)
-            for edit in edits:
-                exponents[_index(edit)] += edit.exponent
+            exponents = total_exponents(shape, edits)
             scaled = exponents != 0
             before, exact = source.read(name)[scaled].double(), True
             exponents = exponents[scaled]
@@ -114,10 +112,6 @@ def _planned(
             exponents = torch.cat([scale.flatten() for _, scale in pieces])
             exact = False
         yield _Scaled(name, before, before * torch.exp2(exponents), exponents, exact)
-
-
-def _index(edit: ScaleEdit) -> tuple[int | slice, ...]:
-    return (*edit.lead, *[slice(None)] * (edit.axis - len(edit.lead)), edit.position)
 
 
 def _slice(

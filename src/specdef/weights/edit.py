@@ -7,7 +7,7 @@ its inverse has the exponent negated: that is why an absorbed lock can be undone
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -146,6 +146,27 @@ def apply_all(
 def inverses(edits: Sequence[ScaleEdit]) -> tuple[ScaleEdit, ...]:
     """Return the scalings that undo `edits`: in the other order, so that every value in between has been seen to fit."""
     return tuple(edit.inverse() for edit in reversed(edits))
+
+
+def total_exponents(shape: Sequence[int], edits: Iterable[ScaleEdit]) -> Tensor:
+    """Return the power of two that scalings multiply every entry of a tensor by, all together.
+
+    Args:
+        shape: Of the tensor.
+        edits: Its scalings.
+
+    Returns:
+        Exponents in float64, of that shape.
+
+    >>> row, column = ScaleEdit(axis=0, position=1, exponent=3), ScaleEdit(axis=1, position=0, exponent=-5)
+    >>> total_exponents((2, 2), [row, column])
+    tensor([[-5.,  0.],
+            [-2.,  3.]], dtype=torch.float64)
+    """
+    total = torch.zeros(tuple(shape), dtype=torch.float64)
+    for edit in edits:
+        total[edit.lead].select(edit.axis - len(edit.lead), edit.position).add_(edit.exponent)
+    return total
 
 
 def scale_exactly(values: Tensor, exponent: int) -> Tensor | None:
