@@ -68,6 +68,7 @@ def test_every_option_is_documented(capsys):
         "verify",
         "unlock",
         "audit",
+        "fragility",
         "predict",
         "spectrum",
         "reproduce",

@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "curvature": ("errors", "weights", "spectral"),
     "rates": (*LAYERS_OF_A_LOCK, "curvature"),
     "lock": (*LAYERS_OF_A_LOCK, "curvature"),
-    "fragility": (*LAYERS_OF_A_LOCK, "curvature"),
+    "fragility": (*LAYERS_OF_A_LOCK, "curvature", "rates"),
     "attacks": (*LAYERS_OF_A_LOCK, "curvature", "rates", "lock", "fragility"),
     "audit": (*LAYERS_OF_A_LOCK, "curvature", "rates", "lock", "fragility", "attacks"),
     "specdef": (*LAYERS_OF_A_LOCK, "curvature", "rates", "lock", "fragility", "attacks", "audit"),

@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from specdef.errors import SelectionError as SelectionError
     from specdef.errors import SpecDefError as SpecDefError
     from specdef.errors import StaleGraphError as StaleGraphError
+    from specdef.fragility.callback import GuardCallback as GuardCallback
+    from specdef.fragility.diagnose import fragility as fragility
+    from specdef.fragility.guard import DriftGuard as DriftGuard
+    from specdef.fragility.ranking import rank_tasks as rank_tasks
+    from specdef.fragility.report import FragilityReport as FragilityReport
+    from specdef.fragility.subspace import FisherSubspace as FisherSubspace
+    from specdef.fragility.subspace import fisher_subspace as fisher_subspace
     from specdef.lock.authorised import authorised as authorised
     from specdef.lock.authorised import save_locked as save_locked
     from specdef.lock.certificate import LockCertificate as LockCertificate
@@ -68,6 +75,11 @@ _HOME = {
         "CertificateMismatch", "CheckpointError", "KeyMismatch", "NotConverged", "SecondOrderError", "SelectionError",
         "SpecDefError", "StaleGraphError",
     ),
+    "specdef.fragility.callback": ("GuardCallback",),
+    "specdef.fragility.guard": ("DriftGuard",),
+    "specdef.fragility.ranking": ("rank_tasks",),
+    "specdef.fragility.report": ("FragilityReport",),
+    "specdef.fragility.subspace": ("FisherSubspace", "fisher_subspace"),
     "specdef.lock.authorised": ("authorised", "save_locked"),
     "specdef.lock.certificate": ("LockCertificate",),
     "specdef.lock.config": ("LockConfig",),
@@ -84,13 +96,15 @@ _HOME = {
 }  # fmt: skip
 _LAZY = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = sorted([*_LAZY, "audit"])  # pyright: ignore[reportUnsupportedDunderAll]
+_PACKAGES = ("audit", "fragility")  # which can be called
+
+__all__ = sorted([*_LAZY, *_PACKAGES])  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = version("specdef")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "audit":  # the package itself, which can be called
-        return importlib.import_module("specdef.audit")
+    if name in _PACKAGES:
+        return importlib.import_module(f"specdef.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'specdef' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)

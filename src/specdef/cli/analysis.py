@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,7 +36,10 @@ class Precision(StrEnum):
 
 Data = Annotated[
     str,
-    typer.Option("--data", help="sotu, moby-dick, mnist, or a data file or folder (docs/data.md)."),
+    typer.Option(
+        "--data",
+        help="sotu, moby-dick, python, arithmetic, mnist, or a data file or folder (docs/data.md).",
+    ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Rows per batch.")]
 NumBatches = Annotated[int, typer.Option("--num-batches", help="Batches.")]
@@ -81,6 +84,7 @@ class DataOptions:
         columns: As on the command line.
         task: As on the command line.
         seed: Of the draw.
+        chat: Whether prompts go through the chat template; None: those of packaged data do.
     """
 
     data: str
@@ -91,6 +95,7 @@ class DataOptions:
     columns: str | None
     task: str | None
     seed: int
+    chat: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,19 +140,40 @@ def load_workload(
     """
     from specdef.cli.task_model import load_task_model
     from specdef.curvature.losses import ClassificationLoss, LMLoss
-    from specdef.data.batches import load_batches
 
-    columns = parse_columns(options.columns)  # a mistake in it should not wait for the model
+    parse_columns(options.columns)  # a mistake in it should not wait for the model
     loaded = load_task_model(
         folder, original=original, task=options.task, dtype=dtype, device=device
     )
-    batches = load_batches(
-        options.data, loaded.model.config, loaded.processor, task=loaded.task, batch_size=options.batch_size,
-        num_batches=options.num_batches, length=options.length, seed=options.seed, split=options.split,
-        columns=columns, note=None if quiet else lambda text: say(f"note: {text}"),
-    )  # fmt: skip
+    batches = draw_batches(loaded, options, quiet=quiet)
     loss = LMLoss() if loaded.task == "causal-lm" else ClassificationLoss()
     return Workload(loaded=loaded, batches=batches, loss=loss)
+
+
+def draw_batches(
+    loaded: TaskModel, options: DataOptions, *, quiet: bool = False
+) -> list[dict[str, Tensor]]:
+    """Draw batches for a model that is loaded.
+
+    Args:
+        loaded: The model with its tokenizer or image processor.
+        options: What the command line says about data.
+        quiet: Say nothing about how the data was read.
+
+    Returns:
+        The batches.
+
+    Raises:
+        SpecDefError: The data cannot be used.
+    """
+    from specdef.data.batches import load_batches
+
+    config: Any = loaded.model.config
+    return load_batches(
+        options.data, config, loaded.processor, task=loaded.task, batch_size=options.batch_size,
+        num_batches=options.num_batches, length=options.length, seed=options.seed, split=options.split,
+        columns=parse_columns(options.columns), chat=options.chat, note=None if quiet else lambda text: say(f"note: {text}"),
+    )  # fmt: skip
 
 
 def parse_columns(text: str | None) -> dict[str, str]:

@@ -9,6 +9,7 @@ import typer
 
 from specdef import __version__
 from specdef.cli import audit as audit_verb
+from specdef.cli import fragility as fragility_verb
 from specdef.cli import inspect as inspect_verb
 from specdef.cli import lock as lock_verb
 from specdef.cli import predict as predict_verb
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Lock open weights against training, check the lock, undo it with the key, attack it; predict training from curvature.",
+    help="Lock open weights against training, check the lock, undo it with the key, attack it; predict training from curvature, and whether it breaks alignment.",
     epilog="Exit codes: 0 done, 1 a finding, 2 bad input, 3 did not converge.",
 )
 
@@ -56,6 +57,7 @@ app.command("lock", cls=LockCommand)(lock_verb.lock)
 app.command("verify", cls=GroupedHelp)(verify_verb.verify)
 app.command("unlock")(unlock_verb.unlock)
 app.command("audit", cls=GroupedHelp)(audit_verb.audit)
+app.command("fragility")(fragility_verb.fragility)
 app.command("predict")(predict_verb.predict)
 app.command("spectrum")(spectrum_verb.spectrum)
 app.command("reproduce")(reproduce_verb.reproduce)

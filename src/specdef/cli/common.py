@@ -55,17 +55,19 @@ def load_defaults(ctx: Any, value: Path | None) -> Path | None:
         raise CheckpointError(
             f"`{name}` is no table", path=value, hint=f"Write options below a line [{name}]."
         )
-    known = {parameter.name for parameter in ctx.command.params} - {"config"}
-    defaults = {}
+    known = {found.name: found for found in ctx.command.params if found.name != "config"}
+    defaults: dict[str, Any] = {}
     for key, item in values.items():
         if key.replace("-", "_") not in known or isinstance(item, dict):
             raise SpecDefError(
                 f"{value}: `{name}` has no option {key!r}",
                 hint=f"`specdef {name} --help` lists the options.",
             )
-        defaults[key.replace("-", "_")] = (
-            ",".join(map(str, item)) if isinstance(item, list) else item
-        )
+        option = key.replace("-", "_")
+        if getattr(known[option], "multiple", False):  # an option that may be given several times
+            defaults[option] = item if isinstance(item, list) else [item]
+        else:
+            defaults[option] = ",".join(map(str, item)) if isinstance(item, list) else item
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return value
 

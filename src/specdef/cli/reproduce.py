@@ -25,6 +25,7 @@ class Experiment(StrEnum):
     A module may say in `SEEDS` how many seeds a size takes unless told otherwise.
     """
 
+    collapse = "collapse"
     figure1 = "figure1"
     figure2 = "figure2"
     calibration = "calibration"
@@ -35,6 +36,7 @@ class Experiment(StrEnum):
     max_lock_mlp = "max-lock-mlp"
     max_lock_resnet = "max-lock-resnet"
     max_lock_smollm2 = "max-lock-smollm2"
+    fragility_guard = "fragility-guard"
 
 
 class Size(StrEnum):
@@ -59,7 +61,8 @@ def reproduce(
             "calibration: predicted against measured. deformation: the paper's MNIST lock. toy-locks: a small net under five locks, "
             "sixteen optimisers. smollm2-locks: SmolLM2-135M under three locks, full training and LoRA. "
             "composition: an absorbed lock on top of a deformation. "
-            "max-lock-mlp, max-lock-resnet, max-lock-smollm2: designs of the absorbed lock, attacked in every usual way."
+            "max-lock-mlp, max-lock-resnet, max-lock-smollm2: designs of the absorbed lock, attacked in every usual way. "
+            "fragility-guard: what projections and EWC keep of aligned behaviour in a fine-tune, at equal task loss."
         ),
     ],
     out: Annotated[
@@ -76,7 +79,7 @@ def reproduce(
     seeds: Annotated[
         int | None,
         typer.Option(
-            help="How many seeds: --seed, --seed + 1, … [default: 3; 1 for calibration and smollm2-locks, 5 for toy-locks]."
+            help="How many seeds: --seed, --seed + 1, … [default: 3; 1 for calibration and smollm2-locks, 2 for fragility-guard, 5 for toy-locks]."
         ),
     ] = None,
     seed: Seed = 0,

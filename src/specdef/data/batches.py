@@ -36,14 +36,15 @@ def load_batches(
     seed: int = 0,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
+    chat: bool | None = None,
     note: Callable[[str], None] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Draw batches for a Hugging Face model from a file, a folder, a packaged text or MNIST.
+    """Draw batches for a Hugging Face model from a file, a folder, packaged data or MNIST.
 
     Nothing but MNIST is fetched and no code of a data set is run. docs/data.md says what is accepted.
 
     Args:
-        data: "sotu", "moby-dick", "mnist", or a path: `.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.npz`
+        data: Name of packaged data (`packaged.NAMES`), "mnist", or a path: `.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.npz`
             (pictures), the output of `datasets.save_to_disk`, a folder of such files, a folder of pictures in class
             folders, or one of IDX files.
         config: The model's transformers config.
@@ -56,6 +57,8 @@ def load_batches(
         split: Part of a folder or of MNIST; default "train" where there is one.
         columns: Columns under other names than the common ones: a mapping from "text", "text_pair", "prompt", "completion",
             "label" or "image" to a column.
+        chat: Whether a prompt with its completion goes through the tokenizer's chat template, as a user's turn and the
+            assistant's; None: packaged data do, where the tokenizer has one. Language models only.
         note: Called with one line of text for each decision worth knowing: cut texts, how class names were translated, …
 
     Returns:
@@ -95,7 +98,6 @@ def load_batches(
         raise SpecDefError(
             f"{data}: pictures; the model takes text.", hint="Give text, or an image classifier."
         )
-    make = language_batches if task == "causal-lm" else classification_batches
     limit = _longest(config)
     if task == "causal-lm" and limit is not None and length > limit:
         raise SpecDefError(
@@ -104,10 +106,13 @@ def load_batches(
         )
     records = read_records(data, split=split)
     check_roles(columns or {}, records.columns, records.source)
-    return make(
-        records, config, processor, batch_size=batch_size, length=min(length, limit or length), num_batches=num_batches,
-        seed=seed, columns=columns or {}, note=say,
-    )  # fmt: skip
+    drawn: dict[str, Any] = {
+        "batch_size": batch_size, "num_batches": num_batches, "seed": seed, "columns": columns or {}, "note": say,
+        "length": min(length, limit or length),
+    }  # fmt: skip
+    if task == "causal-lm":
+        return language_batches(records, config, processor, chat=chat, **drawn)
+    return classification_batches(records, config, processor, **drawn)
 
 
 def _longest(config: Any) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdef.data.chat import chat_texts, has_template
 from specdef.data.columns import PROMPT, TEXT, find_column, find_pair
 from specdef.data.draw import draw_rows
 from specdef.data.records import Records
@@ -30,12 +31,14 @@ def language_batches(
     num_batches: int,
     seed: int,
     columns: Mapping[str, str],
+    chat: bool | None = None,
     note: Callable[[str], None],
 ) -> list[dict[str, Tensor]]:
     """Draw batches for a causal language model.
 
     Plain texts are joined and cut into windows without padding (`token_batches`), so texts shorter than a window need
     none either. Prompts with completions stay one row each: prompt, completion, end token; prompt and padding have label -100.
+    With `chat` the two are what the tokenizer's chat template makes of a user's turn and the assistant's.
 
     Args:
         records: Rows with a text, or with a prompt and a completion.
@@ -47,6 +50,7 @@ def language_batches(
         num_batches: Batches to return.
         seed: Decides which rows are drawn.
         columns: Role -> column, as the caller gave it.
+        chat: Whether prompts go through the chat template; None: where the records are meant so and there is one.
         note: Told what was cut.
 
     Returns:
@@ -58,7 +62,14 @@ def language_batches(
     pair = find_pair(("prompt", "completion"), PROMPT, columns, records.columns)
     if pair and "text" not in columns:
         drawn = draw_rows(records, batch_size, num_batches, seed)
-        rows = [_completion(records, i, pair, tokenizer, length) for i in drawn]
+        if chat and not has_template(tokenizer):
+            raise SpecDefError(
+                f"{records.source}: the tokenizer has no chat template to put prompts into.",
+                hint="Leave the chat template out, or use a model that was trained to chat.",
+            )
+        if chat is None:
+            chat = records.chat and has_template(tokenizer)
+        rows = [_completion(records, i, pair, tokenizer, length, chat) for i in drawn]
         cut = sum(was_cut for *_, was_cut in rows)
         if cut:
             note(f"{cut} of {len(rows)} prompts with completions were cut to {length} tokens")
@@ -124,7 +135,7 @@ def text_of(records: Records, i: int, column: str) -> str:
 
 
 def _completion(
-    records: Records, i: int, pair: tuple[str, str], tokenizer: Any, length: int
+    records: Records, i: int, pair: tuple[str, str], tokenizer: Any, length: int, chat: bool
 ) -> tuple[list[int], list[int], bool]:
     """Return (ids, labels, was cut) of one prompt with its completion."""
     prompt, completion = (text_of(records, i, column) for column in pair)
@@ -134,10 +145,19 @@ def _completion(
             hint="Give every prompt a completion to predict, or remove the row.",
         )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    head = list(tokenizer(prompt, verbose=False)["input_ids"])
-    if end and head[-1:] == end and len(head) > 1:
+    special = {"add_special_tokens": not chat, "verbose": False}  # a template writes them itself
+    if chat:
+        prompt, completion = chat_texts(tokenizer, prompt, completion, records.places(i))
+    elif records.chat:
+        prompt += "\n"
+    head = list(tokenizer(prompt, **special)["input_ids"])
+    if end and not chat and head[-1:] == end and len(head) > 1:
         head = head[:-1]  # some tokenizers end every text; the prompt goes on
-    tail = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]) + end
+    tail = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
+    if not chat:
+        tail += end
+    elif end and end[0] in tail:
+        tail = tail[: tail.index(end[0]) + 1]  # what a template writes behind it is said by nobody
     was_cut = len(head) + len(tail) > length
     # One token of the prompt stays: the first token of a row has nothing to be predicted from.
     tail = tail[: length - min(len(head), 1)]

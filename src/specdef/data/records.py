@@ -6,12 +6,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from specdef.data.packaged import NAMES, packaged_rows
 from specdef.data.tables import read_csv, read_parquet, read_saved
-from specdef.data.texts import TEXTS, decode_file, load_text
+from specdef.data.texts import decode_file
 from specdef.errors import SpecDefError
 
 FILE_TYPES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".npz")
@@ -33,6 +34,7 @@ class Records:
         rows: A list of mappings, or a `datasets.Dataset`; a column that a row lacks is None or absent there.
         places: Says where row i stands, such as "a.jsonl, line 3".
         class_names: Column -> names of its classes, where the data set states them.
+        chat: Whether prompts are questions to an assistant, so that they go through a chat template where there is one.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Records:
     rows: Any  # list[dict[str, Any]] | datasets.Dataset
     places: Callable[[int], str]
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    chat: bool = False
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -53,10 +56,10 @@ class Records:
 
 
 def read_records(data: str | Path, *, split: str | None = None) -> Records:
-    """Read a data file or folder, or a packaged text.
+    """Read a data file or folder, or packaged data.
 
     Args:
-        data: Name of a packaged text ("sotu", "moby-dick"); a file (`FILE_TYPES` but `.npz`); a folder written by
+        data: Name of packaged data (`packaged.NAMES`); a file (`FILE_TYPES` but `.npz`); a folder written by
             `datasets.save_to_disk`; a folder of `.jsonl`, `.csv`, `.tsv`, `.parquet` or `.txt` files of one type; or
             one of pictures in class folders.
         split: Part of a folder, such as "test". Default: "train" where the folder has such a part, else all of it.
@@ -68,11 +71,11 @@ def read_records(data: str | Path, *, split: str | None = None) -> Records:
         SpecDefError: There is no such file, it cannot be read, holds nothing or has an unknown type.
     """
     path = Path(data)
-    packaged = data in TEXTS
+    packaged = data in NAMES
     if not (packaged or os.path.exists(path)):  # Path.exists raises where a name is too long
         raise SpecDefError(
             f"{path}: there is no such file or folder.",
-            hint=f"Give a path, or the name of a packaged text ({', '.join(TEXTS)}), or mnist. Data sets of the hub "
+            hint=f"Give a path, or the name of packaged data ({', '.join(NAMES)}), or mnist. Data sets of the hub "
             "are not fetched: load one with `datasets` and write it with save_to_disk.",
         )
     if path.is_dir() and not packaged:
@@ -83,7 +86,9 @@ def read_records(data: str | Path, *, split: str | None = None) -> Records:
             hint="Name a folder, or leave the split out.",
         )
     if packaged:
-        return _listed(str(data), [({"text": load_text(str(data))}, str(data))])
+        rows = packaged_rows(str(data))
+        listed = _listed(str(data), [(row, f"{data}, row {i}") for i, row in enumerate(rows, 1)])
+        return replace(listed, chat="prompt" in listed.columns)
     return _files(path, [path])
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any, Literal
 
 from specdef.attacks.task import Budget
 from specdef.curvature.losses import LMLoss
+from specdef.data.packaged import MODULES, python_source
 from specdef.experiments.max_lock import DESIGNS, MAIN, Plan, Problem, run_table
 from specdef.experiments.max_lock_report import FULL, PARTIAL, RESISTING
 from specdef.experiments.mixed_precision import MixedPrecision
@@ -22,9 +21,6 @@ SEEDS = {"cpu": 1, "full": 3, "smoke": 1}
 """Seeds unless told otherwise."""
 
 TASKS = ("moby-dick", "python")
-
-MODULES = ("argparse", "dataclasses", "heapq", "textwrap")
-"""Modules of the standard library whose source code is the text `python`; the record names Python's version."""
 
 ROWS = tuple(
     a
@@ -103,8 +99,3 @@ def run(
         "max_lock_smollm2", out, plan, problem, seeds=seeds, size=size, settings={**asdict(settings), "modules": MODULES, "mixed_precision": not settings.tiny},
         attacks=attacks, device=device, progress=progress,
     )  # fmt: skip
-
-
-def python_source() -> str:
-    """Return the source code of `MODULES`, one after the other."""
-    return "\n".join(inspect.getsource(importlib.import_module(name)) for name in MODULES)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from specdef.audit.render.view import view
 from specdef.errors import CheckpointError
+from specdef.fragility.render.text import escape_markdown
 from specdef.weights.atomic import atomic_file
 
 NAMES = ("audit.html", "audit.md", "audit.json")
 """Files of a report."""
-
-_SPECIAL = re.compile(r"([\\`*_{}\[\]|~#])")
 
 
 def html_page(report: Mapping[str, Any]) -> str:
@@ -53,23 +49,6 @@ def markdown_page(report: Mapping[str, Any]) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("audit.md.j2").render(view(report))
-
-
-def escape_markdown(value: Any) -> Any:
-    r"""Write a value on one line, so that Markdown and the HTML in it take it as it stands.
-
-    Args:
-        value: Anything; `Markup` is taken to be escaped.
-
-    Returns:
-        The text.
-
-    >>> escape_markdown("a|b\n<i>")
-    'a\\|b &lt;i&gt;'
-    """
-    if isinstance(value, Markup):
-        return value
-    return _SPECIAL.sub(r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def json_page(report: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specdef.audit.render.charts import SIDES, Runs, cell_charts
+from specdef.fragility.render.text import seconds
 
 _MARKS = {
     "held": "●", "held at this budget": "●", "weakened": "◆", "broken": "▲", "invalid": "○", "not tested": "○",
@@ -68,25 +69,6 @@ def share(value: float | None) -> str:
     if abs(value) >= 10:
         return f"{value:.0f} ×"
     return f"{value:.0%}" if abs(value) >= 0.1 else f"{value:.1%}"
-
-
-def seconds(value: float | None) -> str:
-    """Write a time as people read it.
-
-    Args:
-        value: Seconds; None gives a dash.
-
-    Returns:
-        The time with its unit.
-
-    >>> [seconds(x) for x in (0.123, 42.0, 600.0, 7500.0)]
-    ['0.12 s', '42 s', '10.0 min', '2.1 h']
-    """
-    if value is None or not math.isfinite(value):
-        return _MISSING
-    if value < 100:
-        return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
-    return f"{value / 60:.1f} min" if value < 6000 else f"{value / 3600:.1f} h"
 
 
 def _interval(ends: Sequence[float | None] | None, write: Any) -> str:
