@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -206,6 +207,7 @@ def diagnose(
             work.model, work.aligned, rows, loss=work.loss, params=work.params, optimizer=optimizer, learning_rate=learning_rate,
             batches=batches, seed=seed, krylov_steps=KRYLOV_STEPS, task_name=name, **options,
         ))  # fmt: skip
+        gc.collect()  # kept graphs hang in cycles, and the next task plans with what is free
     return reports, learning_rate
 
 

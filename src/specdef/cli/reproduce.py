@@ -49,6 +49,7 @@ class Size(StrEnum):
 
 FULL = (
     "calibration", "deformation", "smollm2-locks", "composition", "max-lock-resnet", "max-lock-smollm2",
+    "collapse",
 )  # fmt: skip
 """Experiments whose size cpu is not the largest."""
 
@@ -62,7 +63,7 @@ def reproduce(
             "sixteen optimisers. smollm2-locks: SmolLM2-135M under three locks, full training and LoRA. "
             "composition: an absorbed lock on top of a deformation. "
             "max-lock-mlp, max-lock-resnet, max-lock-smollm2: designs of the absorbed lock, attacked in every usual way. "
-            "fragility-guard: what projections and EWC keep of aligned behaviour in a fine-tune, at equal task loss."
+            "collapse: the quartic law planted, and forecast and observed on SmolLM2-135M. fragility-guard: what projections and EWC keep of aligned behaviour in a fine-tune, at equal task loss."
         ),
     ],
     out: Annotated[

@@ -7,6 +7,7 @@ descent with full batches is what the law speaks of; AdamW is forecast in its ow
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import tempfile
@@ -215,6 +216,7 @@ def _diagnosed(
                 model_name="tiny" if settings.tiny else "SmolLM2-135M-Instruct", aligned_name="declines+formats",
             )  # fmt: skip
             known = found.subspace if found.subspace.metric is None else None
+            gc.collect()  # kept graphs hang in cycles, and the next task plans with what is free
             return _without_names(found.to_dict())
 
         rows.append({"run": way.name, "seed": seed, **kept.once(f"{at}, {task}", report)})

@@ -63,7 +63,7 @@ def output_acceleration(
         scales = (bend, _over(size, first), math.sqrt(_over(size, w))) if size else (bend,)
         tau = min(scales)
         tau = tau if tau < math.inf else horizon
-        return tau * min(1.0, _over(rounding, w * tau**2)) ** (1 / 6)
+        return tau * math.pow(min(1.0, _over(rounding, w * tau**2)), 1 / 6)
 
     def look(t: float) -> list[Tensor]:
         forth, back = (metric.scale(path.displacement(t**2 / 2 * Hg - s * g)) for s in (t, -t))

@@ -37,7 +37,7 @@ from specdef.fragility.subspace import (
     leading_subspace,
 )
 from specdef.fragility.task import BatchMode, TaskLoss
-from specdef.rates.linear import Optimizer
+from specdef.rates.linear import LinearOptimizer, Optimizer
 
 # Values this many times the rounding floor take part in a fit.
 _ABOVE_FLOOR = 10.0
@@ -123,8 +123,9 @@ def fragility(
     tensors = select_parameters(model, names)
     n, device = sum(p.numel() for p in tensors.values()), next(iter(tensors.values())).device
     plan = plan_memory(
-        n, dtype, device, max_rank=max_rank, krylov_steps=krylov_steps, memory_limit=memory_limit
-    )
+        n, dtype, device, max_rank=max_rank, krylov_steps=krylov_steps, memory_limit=memory_limit,
+        known=subspace is not None and isinstance(method, LinearOptimizer),
+    )  # fmt: skip
 
     with remembered_prefix(model, names):
         # The task: its gradient, the metric and the path. Its graph goes before the aligned data's comes.

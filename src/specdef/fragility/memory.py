@@ -39,6 +39,7 @@ def plan_memory(
     max_rank: int,
     krylov_steps: int,
     memory_limit: int | None,
+    known: bool = False,
 ) -> MemoryPlan:
     """Choose the size of Lanczos' basis, or refuse.
 
@@ -49,6 +50,7 @@ def plan_memory(
         max_rank: Largest rank of the subspace.
         krylov_steps: Dimension of the path's Krylov space.
         memory_limit: Bytes for vectors and graphs; None for half of what is free for each of the two.
+        known: Whether the subspace is there already, so that Lanczos has no part in it.
 
     Returns:
         The plan.
@@ -62,7 +64,7 @@ def plan_memory(
     needed = 0
     for basis in BASES:
         max_basis = max(basis, rank + 3)
-        rows = min(16 * -(-(max_basis + 1) // 16), n + 1)
+        rows = 0 if known else min(16 * -(-(max_basis + 1) // 16), n + 1)
         needed = vector * (rows + 2 * rank + min(krylov_steps, n) + 2 + _WORKING)
         if needed <= limit:
             graph = None if memory_limit is None else limit - needed
