@@ -19,7 +19,7 @@ from specdef.fragility.path import QuadraticPath
 from specdef.fragility.subspace import leading_subspace
 from specdef.fragility.task import Metric
 
-from .toys import DOUBLE, regression
+from .toys import DOUBLE, linear, regression
 
 
 class Setting:
@@ -65,8 +65,9 @@ class Setting:
         matrix = torch.stack([Q @ (self.fisher @ q) for q in Q]).double()
         floor, before = self.alignment.rounding_floor(), self.alignment.num_losses
         found = output_acceleration(
-            self.alignment, self.path, self.metric, matrix=matrix, floor=floor, horizon=1.0
-        )
+            self.alignment, self.path, self.metric, matrix=matrix, floor=floor, horizon=1.0,
+            largest=float(specdef.top_eigenvalues(self.fisher, 1).values[0]),
+        )  # fmt: skip
         assert self.alignment.num_losses == before + 4
         return found
 
@@ -109,6 +110,21 @@ def test_dense_oracle(dtype, orthogonal):
         setting.fisher = metric.operator(setting.operator)
         found, error = setting.measured()
         assert abs(found - truth) <= error < (1e-5 if dtype == DOUBLE else 0.05) * truth
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-8, 1e8])
+def test_outputs_of_any_size(size):
+    """Neither an output layer of zeros nor outputs that drown in rounding are taken for an acceleration of nothing."""
+    toy = regression()
+    w, (X, _), (A, y) = size * toy.model.weight.detach()[0], toy.task[0], toy.aligned[0]
+    task = [(X, (X @ w - torch.linalg.solve(X.T, toy.g * 10))[:, None])]
+    for dtype in (DOUBLE, torch.float32):
+        data = [[(a.to(dtype), b.to(dtype)) for a, b in batches] for batches in ([(A, y)], task)]
+        report = specdef.fragility(linear(w).to(dtype), *data, learning_rate=1e-3, steps=10)
+        truth = float((toy.values @ (toy.U @ (toy.H @ toy.g)) ** 2).sqrt())
+        assert abs(report.acceleration - truth) <= report.acceleration_error
+        if size < 1 or dtype == DOUBLE:
+            assert report.acceleration_error < 0.05 * truth
 
 
 def test_linear_outputs_have_gamma_alone():

@@ -29,6 +29,7 @@ def output_acceleration(
     metric: Metric,
     *,
     matrix: Tensor,
+    largest: float,
     floor: float,
     horizon: float,
 ) -> tuple[float, float]:
@@ -44,6 +45,7 @@ def output_acceleration(
         path: The path, in the metric's coordinates.
         metric: The metric.
         matrix: Q F Q^T `[m, m]`, F on the path's basis.
+        largest: Largest eigenvalue of F.
         floor: Rounding floor of the alignment loss, as `AlignmentLoss.rounding_floor` gives it.
         horizon: Time of the planned steps, taken where nothing else has a time.
 
@@ -54,16 +56,21 @@ def output_acceleration(
     g[0] = path.gradient_norm
     Hg = path.coupling()
     size = alignment.seminorm()
-    rounding = max(math.sqrt(floor / 2), size * torch.finfo(path.basis.dtype).eps)
+    eps = torch.finfo(path.basis.dtype).eps
+    at_start = max(math.sqrt(floor / 2), size * eps)
     bend = _over(float(g.norm()), float(Hg.norm()))
     first, second = (math.sqrt(max(0.0, float(c @ matrix @ c))) for c in (g, Hg))
+
+    def rounding(t: float) -> float:
+        # what the displacement moves through F's steepest direction cancels only to its last digit
+        return at_start + eps * math.sqrt(largest) * t * path.gradient_norm
 
     def time(w: float) -> float:
         # outputs that are all zero have no size to go by
         scales = (bend, _over(size, first), math.sqrt(_over(size, w))) if size else (bend,)
         tau = min(scales)
         tau = tau if tau < math.inf else horizon
-        return tau * math.pow(min(1.0, _over(rounding, w * tau**2)), 1 / 6)
+        return tau * math.pow(min(1.0, _over(rounding(tau), w * tau**2)), 1 / 6)
 
     def look(t: float) -> list[Tensor]:
         forth, back = (metric.scale(path.displacement(t**2 / 2 * Hg - s * g)) for s in (t, -t))
@@ -83,7 +90,7 @@ def output_acceleration(
     for a, b in zip(near, far, strict=True):
         b.sub_(a).mul_(-share)
         a.add_(b)
-    error = alignment.seminorm(far) + (1 + share) * _ROUNDINGS * rounding / t**2
+    error = alignment.seminorm(far) + (1 + share) * _ROUNDINGS * rounding(t) / t**2
     return alignment.seminorm(near), error
 
 

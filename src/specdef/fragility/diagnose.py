@@ -163,7 +163,8 @@ def fragility(
         forecaster.measure(alignment, tuned, metric)
         forecast = forecaster.forecast(threshold, adaptive_reasons(method, forecaster.error, path.gradient_norm, tuned, metric))  # fmt: skip
         acceleration = output_acceleration(
-            alignment, path, metric, matrix=forecaster.matrix, floor=forecaster.floor, horizon=learning_rate * steps
+            alignment, path, metric, matrix=forecaster.matrix, largest=float(forecaster.subspace.values[0]),
+            floor=forecaster.floor, horizon=learning_rate * steps,
         )  # fmt: skip
         cost = {
             "gradients": tuned.num_gradients,

@@ -7,6 +7,8 @@ Gradient flow is phi(t) = -t g + t^2 / 2 H g + O(t^3). With 1/2 phi^T F phi on t
 
 so gamma^2 t^4 / 8 where Pi g = 0. arXiv 2602.15799 writes Omega(lambda gamma^2 t^4); with F^(1/2) inside gamma, lambda
 is in it already, and the constant is 1/8.
+
+This is the paper's law, with F held: the outputs' second derivative adds a term of the same order, see `acceleration`.
 """
 
 from __future__ import annotations
