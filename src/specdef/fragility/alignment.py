@@ -50,11 +50,7 @@ class AlignmentLoss:
             )
         self.operator, self._squared = operator, isinstance(loss, MSELoss)
         self._targets = [loss.targets(batch) for batch in operator.batches]
-        model = operator.model
-        self._weights = {
-            name: tensor.detach().to(operator.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
+        self._weights = self._present()
         self.num_losses = 0
         with plain_autograd(operator.device), torch.no_grad():
             self._original = [self._rows(self._weights, i) for i in range(len(self._targets))]
@@ -75,12 +71,17 @@ class AlignmentLoss:
         Returns:
             Nats per term, or squared outputs; NaN or infinite where the outputs are.
         """
-        self.num_losses += 1
-        weights, total = self._moved(displacement), 0.0
-        with plain_autograd(self.operator.device), torch.no_grad():
-            for i, original in enumerate(self._original):
-                total += self._sum(original, self._rows(weights, i))
-        return total / self.operator.num_terms
+        return self._at(self._moved(displacement))
+
+    def present(self) -> float:
+        """Return A at the weights that the model has now, trained since or not.
+
+        Cost: one forward pass over the aligned data.
+
+        Returns:
+            Nats per term, or squared outputs; NaN or infinite where the outputs are.
+        """
+        return self._at(self._present())
 
     def second_difference(self, forth: Tensor, back: Tensor) -> list[Tensor]:
         """Return z(forth) + z(back) - 2 z(0) of the outputs that count.
@@ -142,6 +143,22 @@ class AlignmentLoss:
         generator = torch.Generator().manual_seed(seed)
         signs = 2 * torch.randint(2, theta.shape, generator=generator).to(theta) - 1
         return max(_FLOOR * self(theta * signs * (info.eps / 2)), info.tiny)
+
+    def _at(self, weights: dict[str, Tensor]) -> float:
+        self.num_losses += 1
+        total = 0.0
+        with plain_autograd(self.operator.device), torch.no_grad():
+            for i, original in enumerate(self._original):
+                total += self._sum(original, self._rows(weights, i))
+        return total / self.operator.num_terms
+
+    def _present(self) -> dict[str, Tensor]:
+        """Return every parameter and buffer as it is, in the operator's type."""
+        model, dtype = self.operator.model, self.operator.dtype
+        return {
+            name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
 
     def _moved(self, displacement: Tensor) -> dict[str, Tensor]:
         """Return every parameter and buffer, with the weights displaced."""

@@ -7,13 +7,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from specdef.curvature.cross_entropy import IGNORE, chunks
-from specdef.curvature.graph import plain_autograd, run_at
 from specdef.curvature.linear import SymmetricOperator
-from specdef.curvature.losses import MSELoss
 from specdef.curvature.operators import GGNOperator
-from specdef.errors import SpecDefError
-from specdef.fragility.alignment import kl_terms
+from specdef.fragility.alignment import AlignmentLoss
 from specdef.fragility.subspace import FisherSubspace
 
 
@@ -33,12 +29,7 @@ class AlignedData:
 
     def __init__(self, operator: GGNOperator) -> None:
         self.operator = operator
-        self._original = list(self._outputs())
-        if not all(bool(torch.isfinite(rows).all()) for rows in self._original):
-            raise SpecDefError(
-                "the model's outputs on the aligned data are NaN or infinite",
-                hint="Check the weights and the data.",
-            )
+        self._alignment = AlignmentLoss(operator)
 
     def loss(self) -> float:
         """Return the alignment loss of the present weights: KL in nats per term, or the mean squared difference of outputs.
@@ -48,14 +39,7 @@ class AlignedData:
         Returns:
             The loss; NaN or infinite where the outputs are.
         """
-        squared, total = isinstance(self.operator.loss_function, MSELoss), 0.0
-        for original, rows in zip(self._original, self._outputs(), strict=True):
-            if squared:
-                total += float((rows.double() - original.double()).square().sum())
-            else:
-                parts = chunks(original)
-                total += sum(float(kl_terms(original[p], rows[p]).sum()) for p in parts)
-        return total / self.operator.num_terms
+        return self._alignment.present()
 
     def turned(self, rows: Tensor, metric: Tensor | None) -> Tensor | None:
         """Return rows turned towards the leading eigenvectors at the present weights: one step of subspace iteration.
@@ -81,23 +65,6 @@ class AlignedData:
         if float(sizes.min()) <= torch.finfo(R.dtype).eps * float(sizes.max()):
             return None
         return basis.T.contiguous()
-
-    def _outputs(self) -> list[Tensor]:
-        """Return the outputs that count of every batch: `[k, C]` logits, or `[k]` elements."""
-        operator, found = self.operator, []
-        loss, model = operator.loss_function, operator.model
-        weights = {
-            name: tensor.detach().to(operator.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
-        with plain_autograd(operator.device), torch.no_grad():
-            for batch in operator.batches:
-                outputs = run_at(model, weights, lambda net, b=batch: loss.outputs(net, b), dtype=operator.dtype)  # type: ignore[misc]  # fmt: skip
-                targets = loss.targets(batch)
-                squared = isinstance(loss, MSELoss)
-                rows = outputs.reshape(-1) if squared else outputs[targets != IGNORE]
-                found.append(rows.to(operator.dtype, copy=True))
-        return found
 
 
 def coupled_directions(subspace: FisherSubspace, hessian: SymmetricOperator) -> Tensor:
