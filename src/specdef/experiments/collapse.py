@@ -217,16 +217,16 @@ def _diagnosed(
             )  # fmt: skip
             known = found.subspace if found.subspace.metric is None else None
             gc.collect()  # kept graphs hang in cycles, and the next task plans with what is free
-            return _without_names(found.to_dict())
+            return found.to_dict()
 
-        rows.append({"run": way.name, "seed": seed, **kept.once(f"{at}, {task}", report)})
+        rows.append({"run": way.name, "seed": seed, **_plain_numbers(kept.once(f"{at}, {task}", report))})  # fmt: skip
     return rows
 
 
-def _without_names(report: dict[str, Any]) -> dict[str, Any]:
-    """Leave the names of the parameters out: there are hundreds, and the settings say which they are."""
-    report["parameters"].pop("names")
-    return report
+def _plain_numbers(report: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the names of the parameters, hundreds that the settings stand for, and the verdicts: claims go by the numbers."""
+    report["parameters"].pop("names", None)
+    return {name: value for name, value in report.items() if name not in ("conditions", "verdict")}
 
 
 def _rank(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict[str, Any]:
