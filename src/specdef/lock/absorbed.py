@@ -204,7 +204,7 @@ def _data_free_rank(site: Site) -> tuple[int, int]:
     """Return the data-free order of sites: what is read inside a block before what a norm spreads, late before early.
 
     No statistic of the weights ranks channels as the calibrated score does (dev/LOG.md, 2026-11-22: mean rank correlation
-    at most 0.21), and none compares between sites. What can be had without data is the order of sites that calibration
+    at most 0.14), and none compares between sites. What can be had without data is the order of sites that calibration
     finds, which matters more; within a site the loudest channel measured best of those tried.
     """
     return _KIND_RANK[site.kind], -(site.layer if site.layer is not None else 1 << 30)
