@@ -89,7 +89,7 @@ def claims(planted: Rows, rows: Rows, ranks: Rows) -> list[dict[str, Any]]:
             said.append(claim(f"The band holds at least 90 % of the observed steps, in the median run {what}.", median(coverage.values()) >= 0.9, coverage=coverage))  # fmt: skip
     for rank in ranks:
         if rank["forecast"] is not None:
-            said.append(claim(f"{rank['run']}, seed {rank['seed']}: the forecast ranks the tasks as the runs do (Spearman at least 0.8).", rank["forecast"] >= 0.8, **{k: v for k, v in rank.items() if k not in ("run", "seed")}))  # fmt: skip
+            said.append(claim(f"{rank['run']}, seed {rank['seed']}: the forecast ranks the tasks as the runs do (Spearman at least 0.8).", round(rank["forecast"], 6) >= 0.8, **{k: v for k, v in rank.items() if k not in ("run", "seed")}))  # fmt: skip
     return said
 
 
