@@ -51,6 +51,10 @@ def draw(planted: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 def _curves(axis: Any, report: Mapping[str, Any], colour: str, label: str) -> None:
     """Draw one report: what was seen as a line, what was forecast as dashes with its band."""
     forecast, observed = report["forecast"], report["observed"]
-    axis.fill_between(forecast["steps"], forecast["low"], forecast["high"], color=colour, alpha=0.15)  # fmt: skip
-    axis.plot(forecast["steps"], forecast["alignment"], "--", color=colour, linewidth=0.9)
-    axis.plot(observed["steps"], observed["alignment"], "o-", color=colour, markersize=2.5, linewidth=1, label=label)  # fmt: skip
+    seen = [i for i, value in enumerate(observed["alignment"]) if value > observed["floor"]]
+    said = slice(seen[0] if seen else 0, None)  # before it there is nothing but rounding
+    steps, low, high, point = (forecast[name][said] for name in ("steps", "low", "high", "alignment"))  # fmt: skip
+    axis.fill_between(steps, low, high, color=colour, alpha=0.15)
+    axis.plot(steps, point, "--", color=colour, linewidth=0.9)
+    x, y = ([observed[name][i] for i in seen] for name in ("steps", "alignment"))
+    axis.plot(x, y, "o-", color=colour, markersize=2.5, linewidth=1, label=label)
