@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from specdef.cli import fragility_run
+from specdef.data.cache import cache_dir
 from specdef.experiments import collapse
 from specdef.experiments.collapse_planted import planted_results
 from specdef.experiments.collapse_report import claims, table
@@ -27,7 +29,7 @@ def test_a_planted_exponent_that_is_off_is_no_claim_held():
 
 def test_smoke_goes_on_where_it_was(tmp_path, monkeypatch):
     made = []
-    whole = collapse.fragility
+    whole = fragility_run.fragility
 
     def counted(*arguments, **options):
         made.append((options["task_name"], options["subspace"] is not None))
@@ -35,7 +37,7 @@ def test_smoke_goes_on_where_it_was(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return whole(*arguments, **options)
 
-    monkeypatch.setattr(collapse, "fragility", counted)
+    monkeypatch.setattr(fragility_run, "fragility", counted)
     with pytest.raises(KeyboardInterrupt):
         collapse.run(tmp_path / "out", size="smoke")
     assert not (tmp_path / "out").exists()
@@ -51,4 +53,4 @@ def test_smoke_goes_on_where_it_was(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "collapse.png").stat().st_size > 10_000
     text = table(rows, record["data"]["ranks"])
     assert sum(line.startswith(("| sgd", "| lora")) for line in text) == 4
-    assert not list((collapse.cache_dir() / "experiments").glob("collapse-*"))
+    assert not list((cache_dir() / "experiments").glob("collapse-*"))

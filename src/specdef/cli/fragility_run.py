@@ -23,7 +23,7 @@ from specdef.fragility.memory import plan_memory
 from specdef.fragility.path import QuadraticPath
 from specdef.fragility.ranking import rank_tasks
 from specdef.fragility.report import FragilityReport
-from specdef.fragility.subspace import PROBES, PRODUCTS
+from specdef.fragility.subspace import PROBES, PRODUCTS, FisherSubspace
 from specdef.fragility.task import BatchMode, TaskLoss
 from specdef.rates.optimizers import resolve
 
@@ -197,18 +197,37 @@ def diagnose(
         progress("stable learning rate")
         learning_rate = SHARE * stable_rate(work, optimizer=optimizer, batches=batches, seed=seed)
     reports: list[FragilityReport] = []
-    for name, rows in work.tasks.items():
-        if (
-            reports and reports[0].subspace.metric is None
-        ):  # the aligned data's alone: the same for every task
-            options["subspace"] = reports[0].subspace
-        options["progress"] = partial(_say_of, progress, f"{name}: " if len(work.tasks) > 1 else "")
-        reports.append(fragility(
-            work.model, work.aligned, rows, loss=work.loss, params=work.params, optimizer=optimizer, learning_rate=learning_rate,
-            batches=batches, seed=seed, krylov_steps=KRYLOV_STEPS, task_name=name, **options,
+    for name in work.tasks:
+        say = partial(_say_of, progress, f"{name}: " if len(work.tasks) > 1 else "")
+        reports.append(diagnose_task(
+            work, name, known=reports[0].subspace if reports else None, learning_rate=learning_rate, optimizer=optimizer,
+            batches=batches, seed=seed, progress=say, **options,
         ))  # fmt: skip
-        gc.collect()  # kept graphs hang in cycles, and the next task plans with what is free
     return reports, learning_rate
+
+
+def diagnose_task(
+    work: Prepared, name: str, *, known: FisherSubspace | None, **options: Any
+) -> FragilityReport:
+    """Diagnose one of the tasks.
+
+    Args:
+        work: Model and batches.
+        name: Of the task.
+        known: The subspace found for another task of the same work; taken where it is in the Euclidean metric, which is the
+            aligned data's alone.
+        options: Further ones of `specdef.fragility`.
+
+    Returns:
+        The report.
+    """
+    shared = known if known is not None and known.metric is None else None
+    report = fragility(
+        work.model, work.aligned, work.tasks[name], loss=work.loss, params=work.params, krylov_steps=KRYLOV_STEPS,
+        task_name=name, subspace=shared, **options,
+    )  # fmt: skip
+    gc.collect()  # kept graphs hang in cycles, and the next task plans with what is free
+    return report
 
 
 def contract(reports: Sequence[FragilityReport]) -> tuple[list[dict[str, Any]], dict[str, Any] | None, dict[str, Any]]:  # fmt: skip

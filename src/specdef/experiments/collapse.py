@@ -7,8 +7,6 @@ descent with full batches is what the law speaks of; AdamW is forecast in its ow
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +18,12 @@ import torch
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
 from specdef.cli.analysis import DataOptions
-from specdef.cli.fragility_run import KRYLOV_STEPS, SHARE, prepare, stable_rate
-from specdef.data.cache import cache_dir
+from specdef.cli.fragility_run import SHARE, diagnose_task, prepare, stable_rate
 from specdef.experiments.collapse_planted import planted_results
 from specdef.experiments.collapse_plot import draw
 from specdef.experiments.collapse_report import claims, table
-from specdef.experiments.record import Progress, make_record, plain, versions, write_record
-from specdef.fragility.diagnose import fragility
+from specdef.experiments.lock_table import state_file
+from specdef.experiments.record import Progress, make_record, plain, write_record
 from specdef.fragility.subspace import FisherSubspace
 from specdef.models.smollm2 import smollm2
 from specdef.models.tiny import save_tiny
@@ -165,16 +162,13 @@ class _Kept:
     """What an interrupted run has made, by name, in one file of the cache."""
 
     def __init__(self, *decides: object) -> None:
-        text = json.dumps([versions(), [str(d) for d in decides]])
-        self.path = cache_dir() / "experiments" / f"collapse-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"  # fmt: skip
+        self.path = state_file("collapse", *decides).with_suffix(".json")
         self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}  # fmt: skip
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Return a value made before, or make and keep it."""
         if name not in self.values:
             self.values[name] = plain(make())
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.unlink(missing_ok=True)
             with atomic_file(self.path) as path:
                 path.write_text(json.dumps(self.values))
         return self.values[name]
@@ -203,18 +197,16 @@ def _diagnosed(
         rate = SHARE * kept.once(f"{at}: stable rate", lambda: stable_rate(work, optimizer=way.optimizer, batches=way.batches, seed=seed))  # fmt: skip
     known: FisherSubspace | None = None
     rows = []
-    for task, batches in work.tasks.items():
+    for task in work.tasks:
 
-        def report(task: str = task, batches: Any = batches) -> dict[str, Any]:
+        def report(task: str = task) -> dict[str, Any]:
             nonlocal known
-            found = fragility(
-                work.model, work.aligned, batches, loss=work.loss, params=work.params, optimizer=way.optimizer, learning_rate=rate,
-                steps=way.steps, batches=way.batches, max_rank=settings.max_rank, subspace=known, krylov_steps=KRYLOV_STEPS,
-                observe=True, seed=seed, progress=lambda text: say(f"{at}, {task}: {text}"), task_name=task,
+            found = diagnose_task(
+                work, task, known=known, optimizer=way.optimizer, learning_rate=rate, steps=way.steps, batches=way.batches,
+                max_rank=settings.max_rank, observe=True, seed=seed, progress=lambda text: say(f"{at}, {task}: {text}"),
                 model_name="tiny" if settings.tiny else "SmolLM2-135M-Instruct", aligned_name="declines+formats",
             )  # fmt: skip
-            known = found.subspace if found.subspace.metric is None else None
-            gc.collect()  # kept graphs hang in cycles, and the next task plans with what is free
+            known = found.subspace
             return found.to_dict()
 
         rows.append({"run": way.name, "seed": seed, **_plain_numbers(kept.once(f"{at}, {task}", report))})  # fmt: skip

@@ -32,10 +32,12 @@ from specdef.experiments.fragility_guard_setup import (
     language_case,
 )
 from specdef.experiments.record import Progress, claim, make_record, write_record
+from specdef.fragility.alignment import AlignmentLoss
 from specdef.fragility.ewc import EWCPenalty
 from specdef.fragility.guard import DriftGuard
 from specdef.fragility.subspace import FisherSubspace, fisher_subspace
-from specdef.fragility.turning import AlignedData, coupled_directions
+from specdef.fragility.turning import coupled_directions
+from specdef.lock.deformation.retain import task_mean, to_device
 
 SEEDS = {"cpu": 2, "smoke": 1}
 """Seeds unless told otherwise."""
@@ -199,7 +201,7 @@ def fine_tune(
         model, subspace, mode=mode, aligned=aligned, every=plan.every, threshold=math.inf,
         extra=coupled if guard == COUPLED else None,
     )  # fmt: skip
-    kept = AlignedData(GGNOperator(model, case.kept, case.loss))
+    kept = AlignmentLoss(GGNOperator(model, case.kept, case.loss))
     curve: list[list[float]] = []
     with ExitStack() as stack:
         stack.enter_context(watch.attach(stepper))
@@ -211,7 +213,7 @@ def fine_tune(
             if step % plan.interval == 0:
                 with torch.no_grad():
                     terms = [mean_loss(model, case, batch) for batch in case.heldout]
-                curve.append([step, sum(map(float, terms)) / len(terms), kept.loss()])
+                curve.append([step, sum(map(float, terms)) / len(terms), kept.present()])
                 if not all(map(math.isfinite, curve[-1])):
                     break
             stepper.zero_grad()
@@ -222,13 +224,8 @@ def fine_tune(
 
 def mean_loss(model: nn.Module, case: Case, batch: Batch) -> Tensor:
     """Return the loss of a batch, mean over its terms."""
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        batch = {name: value.to(device) for name, value in batch.items()}
-    else:
-        batch = tuple(value.to(device) for value in batch)
-    targets = case.loss.targets(batch)
-    return case.loss.terms(case.loss.outputs(model, batch), targets).sum() / case.loss.count(targets)  # fmt: skip
+    batch = to_device(batch, model)
+    return task_mean(case.loss, case.loss.outputs(model, batch), batch)
 
 
 def alignment_at(curve: Sequence[Sequence[float]], loss: float) -> float | None:

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from specdef.audit.render.view import view
 from specdef.errors import CheckpointError
-from specdef.fragility.render.text import escape_markdown
+from specdef.fragility.render.text import environment
 from specdef.weights.atomic import atomic_file
 
 NAMES = ("audit.html", "audit.md", "audit.json")
 """Files of a report."""
+
+_PACKAGE = "specdef.audit.render"
 
 
 def html_page(report: Mapping[str, Any]) -> str:
@@ -28,11 +28,7 @@ def html_page(report: Mapping[str, Any]) -> str:
     Returns:
         HTML.
     """
-    environment = Environment(
-        loader=PackageLoader("specdef.audit.render"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("audit.html.j2").render(view(report))
+    return environment(_PACKAGE).get_template("audit.html.j2").render(view(report))
 
 
 def markdown_page(report: Mapping[str, Any]) -> str:
@@ -44,11 +40,7 @@ def markdown_page(report: Mapping[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    environment = Environment(
-        loader=PackageLoader("specdef.audit.render"), autoescape=False, finalize=escape_markdown,
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("audit.md.j2").render(view(report))
+    return environment(_PACKAGE, markdown=True).get_template("audit.md.j2").render(view(report))
 
 
 def json_page(report: Mapping[str, Any]) -> str:

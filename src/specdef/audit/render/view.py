@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specdef.audit.render.charts import SIDES, Runs, cell_charts
-from specdef.fragility.render.text import seconds
+from specdef.fragility.render.text import MISSING, seconds
 
 _MARKS = {
     "held": "●", "held at this budget": "●", "weakened": "◆", "broken": "▲", "invalid": "○", "not tested": "○",
     "not applicable": "–", "pruned by tier": "–",
 }  # fmt: skip
 _MEASURED = ("held", "weakened", "broken", "invalid")
-_MISSING = "–"
 
 
 def view(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,14 +57,14 @@ def view(report: Mapping[str, Any]) -> dict[str, Any]:
 def number(value: float | None, digits: int = 4) -> str:
     """Write a number; a dash where there is none."""
     if value is None or not math.isfinite(value):
-        return _MISSING
+        return MISSING
     return f"{value:.{digits}g}"
 
 
 def share(value: float | None) -> str:
     """Write a share in per cent."""
     if value is None or not math.isfinite(value):
-        return _MISSING
+        return MISSING
     if abs(value) >= 10:
         return f"{value:.0f} ×"
     return f"{value:.0%}" if abs(value) >= 0.1 else f"{value:.1%}"
@@ -83,7 +82,7 @@ def _status(text: str) -> dict[str, str]:
 
 def _cell(index: int, cell: Mapping[str, Any]) -> dict[str, Any]:
     slow = number(cell.get("slowdown"), 3)
-    if cell.get("slowdown_censored") and slow != _MISSING:
+    if cell.get("slowdown_censored") and slow != MISSING:
         slow = f"≥ {slow}"
     return {
         "id": f"cell-{index}",

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from specdef.fragility.render.plots import (
     Draw,
     drift_plot,
@@ -18,7 +16,7 @@ from specdef.fragility.render.plots import (
     spectrum_plot,
     svg,
 )
-from specdef.fragility.render.text import escape_markdown
+from specdef.fragility.render.text import environment
 from specdef.fragility.render.view import view
 from specdef.weights.atomic import atomic_folder
 
@@ -28,6 +26,7 @@ NAMES = ("fragility.html", "fragility.md", "fragility.json")
 Values = Mapping[str, Any]
 """A report as `FragilityReport.to_dict` writes it."""
 
+_PACKAGE = "specdef.fragility.render"
 _CAPTIONS = {
     "forecast": "Forecast of the alignment loss", "drift": "Drift into the sensitive subspace",
     "spectrum": "Spectrum of the Fisher matrix",
@@ -52,7 +51,7 @@ def html_page(reports: Sequence[Values], ranking: Values | None = None) -> str:
         ]  # fmt: skip
     scatter = values["comparison"] is not None and values["comparison"]["observed"]
     values["scatter"] = svg(scatter_plot(reports), "Observed against forecast", "tasks") if scatter else None  # fmt: skip
-    return _environment(autoescape=True).get_template("fragility.html.j2").render(values)
+    return environment(_PACKAGE).get_template("fragility.html.j2").render(values)
 
 
 def markdown_page(reports: Sequence[Values], ranking: Values | None = None, plots: Sequence[str] = ()) -> str:  # fmt: skip
@@ -67,8 +66,7 @@ def markdown_page(reports: Sequence[Values], ranking: Values | None = None, plot
         Markdown.
     """
     values = view(reports, ranking) | {"plots": list(plots)}
-    environment = _environment(autoescape=False, finalize=escape_markdown)
-    return environment.get_template("fragility.md.j2").render(values)
+    return environment(_PACKAGE, markdown=True).get_template("fragility.md.j2").render(values)
 
 
 def write_pages(folder: Path, reports: Sequence[Values], ranking: Values | None, values: Values) -> list[Path]:  # fmt: skip
@@ -104,10 +102,3 @@ def _plots(report: Values) -> dict[str, Draw]:
     if report.get("observed"):
         found["drift"] = drift_plot(report)
     return found
-
-
-def _environment(**options: Any) -> Environment:
-    return Environment(
-        loader=PackageLoader("specdef.fragility.render"), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, **options,
-    )  # fmt: skip

@@ -7,12 +7,29 @@ import math
 import re
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 MISSING = "–"
 """Stands where there is no number."""
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]|~#])")
+
+
+def environment(package: str, *, markdown: bool = False) -> Environment:
+    """Return what fills in the templates of a package, every value escaped: anyone may have chosen it.
+
+    Args:
+        package: Whose folder `templates` is read.
+        markdown: Escape for Markdown; otherwise for HTML.
+
+    Returns:
+        The environment.
+    """
+    escaped: dict[str, Any] = {"finalize": escape_markdown} if markdown else {"autoescape": True}
+    return Environment(
+        loader=PackageLoader(package), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **escaped
+    )  # fmt: skip
 
 
 def number(value: Any, digits: int = 3) -> str:
