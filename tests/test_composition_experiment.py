@@ -123,7 +123,7 @@ def test_it_runs_and_writes(tmp_path, cache, monkeypatch):
     assert written == record and written["data"].keys() == {"mlp"}
     assert {row["lock"] for row in written["data"]["mlp"]["rows"]} >= {UNLOCKED, *LOCKS}
     page = (tmp_path / "out" / "composition.md").read_text()
-    assert "| rebalance |" in page and all(f"- {line}" in page for line in record["summary"])
+    assert "| rebalance |" in page and all(claim["claim"] in page for claim in record["claims"])
     assert any("mlp, seed 0" in line for line in lines)
     assert not list((cache / "experiments").iterdir())  # nothing of a finished one is kept
 

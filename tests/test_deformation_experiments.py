@@ -31,7 +31,7 @@ def test_mnist_small(tmp_path):
     record = deformation.run(tmp_path, size="smoke", seeds=(0,), progress=said.append)
     stored = json.loads((tmp_path / "deformation.json").read_text())
     assert stored["claims"] == record["claims"] and stored["settings"]["rows"] == 1280
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deformation.json", "deformation.png"]  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deformation.json", "deformation.md", "deformation.png"]  # fmt: skip
     assert any("held-out accuracy" in line for line in said)
     (row,) = record["data"]["rows"]
     assert row["test"]["rows"] == 500 and row["test"]["accuracy_before"] > 0.7
@@ -64,7 +64,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     record = deformation.run(tmp_path / "a", size="smoke", seeds=(0, 1), progress=said.append)
     assert said[0] == "seed 0: done before" and any(line.startswith("seed 1: step 11 of 20") for line in said)  # fmt: skip
     assert not any(line.startswith("seed 1: step 10 ") for line in said)
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["deformation.json", "deformation.png"]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["deformation.json", "deformation.md", "deformation.png"]  # fmt: skip
     whole = deformation.run(tmp_path / "b", size="smoke", seeds=(0, 1))
     for found, expected in zip(record["data"]["rows"], whole["data"]["rows"], strict=True):
         assert found["matrices"] == expected["matrices"] and found["test"] == expected["test"]

@@ -134,8 +134,12 @@ def test_records_hold_no_infinite_number(tmp_path):
     assert plain({"a": [math.inf, 1.0], "b": (math.nan,)}) == {"a": [None, 1.0], "b": [None]}
     assert claim("x", True, n=1) == {"claim": "x", "held": True, "numbers": {"n": 1}}
     assert math.isnan(exponent([1.0], [1.0]))
-    write_record(tmp_path / "new", "name", {"x": math.inf}, Figure())
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["name.json", "name.png"]
+    write_record(tmp_path / "new", "name", {"x": math.inf, "claims": [], "seconds": 1.0}, Figure())
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+        "name.json",
+        "name.md",
+        "name.png",
+    ]
 
 
 def check(record, folder, name):
@@ -177,7 +181,7 @@ def test_a_record_is_read_back_as_it_was(tmp_path):
 
     from specdef.experiments.record import write_record
 
-    record = {"table": ["| a  | [0.5] |", "two  spaces"], "runs": [[1.0, "x", None], [2.0, "y\n", 3]], "none": []}  # fmt: skip
+    record = {"claims": [], "seconds": 2.0, "table": ["| a  | [0.5] |", "two  spaces"], "runs": [[1.0, "x", None], [2.0, "y\n", 3]], "none": []}  # fmt: skip
     write_record(tmp_path, "r", record, Figure())
     text = (tmp_path / "r.json").read_text()
     assert json.loads(text) == record and '[ 1.0, "x", null ]' in text

@@ -47,15 +47,15 @@ def test_figure_1(run, tmp_path) -> None:
     assert [Path(path).name for path in report["files"]] == [
         "figure1.json",
         "figure1.png",
-        "figure1.txt",
+        "figure1.md",
     ]
     assert (tmp_path / "out" / "figure1.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "out" / "figure1.json").read_text())
     assert written["claims"] == report["claims"] and written["seeds"] == [4]
-    text = (tmp_path / "out" / "figure1.txt").read_text()
+    text = (tmp_path / "out" / "figure1.md").read_text()
     for claim in report["claims"]:
-        line = f"{'held' if claim['held'] else 'NOT held'}: {claim['claim']}"
-        assert line in text and line in result.err
+        assert f"{'held' if claim['held'] else '**NOT held**'}: {claim['claim']}" in text
+        assert f"{'held' if claim['held'] else 'NOT held'}: {claim['claim']}" in result.err
 
 
 def test_options_reach_the_experiment(run, tmp_path, monkeypatch) -> None:
@@ -66,7 +66,7 @@ def test_options_reach_the_experiment(run, tmp_path, monkeypatch) -> None:
     assert result.code == 0  # a claim that does not hold is a result, not an error
     assert result.json["held"] == 1
     assert result.json["claims"][1]["numbers"]["worst"] is None
-    assert (tmp_path / "a" / "figure2.txt").read_text().startswith("held: one.\nNOT held: two.\n")
+    assert "held: one.\n" in result.err and "NOT held: two.\n" in result.err
     result = run("reproduce", "figure2", "--out", tmp_path / "a")
     assert result.code == 2 and "already exists" in result.err
 
@@ -74,7 +74,8 @@ def test_options_reach_the_experiment(run, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["figure3"], "figure3"),
+        (["figure9"], "figure9"),
+        (["figure1", "--data", "."], "figure1 reads no data sets"),
         ([], "xperiment"),
         (["figure1", "--size", "huge"], "huge"),
         (

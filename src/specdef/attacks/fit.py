@@ -19,6 +19,7 @@ def fit(
     *,
     steps: int,
     learning_rate: float,
+    weight_decay: float = 0.0,
     seed: int = 0,
 ) -> float:
     """Train every parameter with AdamW, at a rate that falls linearly to 0.
@@ -29,6 +30,7 @@ def fit(
         loss: Model and batch, as they are, to a scalar.
         steps: Number of steps.
         learning_rate: Of the first step.
+        weight_decay: Of AdamW.
         seed: Of the order.
 
     Returns:
@@ -38,7 +40,7 @@ def fit(
         SpecDefError: A loss is not finite.
     """
     parameters = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     value = torch.tensor(torch.nan)
     model.train()
     for step, (_, batch) in enumerate(batches_from(batches, seed, 0, steps)):

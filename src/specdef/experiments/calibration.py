@@ -82,7 +82,7 @@ def run(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Predict and measure, and write calibration.json and calibration.png.
+    """Predict and measure, and write calibration.json, calibration.md and calibration.png.
 
     Args:
         out: Folder.

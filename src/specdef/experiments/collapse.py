@@ -7,9 +7,8 @@ descent with full batches is what the law speaks of; AdamW is forecast in its ow
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +21,13 @@ from specdef.cli.fragility_run import SHARE, diagnose_task, prepare, stable_rate
 from specdef.experiments.collapse_planted import planted_results
 from specdef.experiments.collapse_plot import draw
 from specdef.experiments.collapse_report import claims, table
-from specdef.experiments.lock_table import state_file
-from specdef.experiments.record import Progress, make_record, plain, write_record
+from specdef.experiments.kept import Kept
+from specdef.experiments.paper.earlier import collapse_comparisons
+from specdef.experiments.record import Progress, make_record, write_record
 from specdef.fragility.subspace import FisherSubspace
 from specdef.models.smollm2 import smollm2
 from specdef.models.tiny import save_tiny
 from specdef.models.tiny_tokenizer import save_tiny_tokenizer
-from specdef.weights.atomic import atomic_file
 
 SEEDS = {"cpu": 1, "full": 3, "smoke": 1}
 """Seeds unless told otherwise."""
@@ -84,7 +83,7 @@ TASKS = ("moby-dick", "sotu", "python", "arithmetic")
 
 SIZES = {
     "cpu": Settings(
-        parameters=("model.layers.2?.*",), aligned_rows=8, tasks=TASKS, task_rows=8, length=32, max_rank=8,
+        parameters=("model.layers.2?.*",), aligned_rows=6, tasks=TASKS, task_rows=6, length=24, max_rank=8,
         runs=(
             Run(name="sgd", optimizer="sgd", learning_rate=None, steps=40),
             Run(name="adamw", optimizer="adamw", learning_rate=2e-6, steps=20),
@@ -119,7 +118,7 @@ def run(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Plant, forecast, run and compare, and write collapse.json and collapse.png.
+    """Plant, forecast, run and compare, and write collapse.json, collapse.md and collapse.png.
 
     Every report is kept in the cache as soon as it is made; what was interrupted goes on from there.
 
@@ -137,7 +136,7 @@ def run(
     settings = SIZES[size]
     say("planted")
     planted = planted_results(seeds[0])
-    kept = _Kept(settings, size, device)
+    kept = Kept("collapse", settings, size, device)
     with tempfile.TemporaryDirectory() as place:
         folder = _tiny(Path(place)) if settings.tiny else smollm2(progress=say)
         rows = [
@@ -148,34 +147,19 @@ def run(
         ]
     ranks = [_rank(rows, way.name, seed) for way in settings.runs for seed in seeds]
     options = {"seeds": seeds, "size": size}
+    stated = claims(planted, rows, ranks)
     record = make_record(
         "collapse", options if device == "cpu" else {**options, "device": device},
-        claims=claims(planted, rows, ranks), settings=asdict(settings), table=table(rows, ranks),
+        claims=stated, comparisons=collapse_comparisons(stated), settings=asdict(settings), table=table(rows, ranks),
         seconds=sum(row["cost"]["seconds"] + row["observed"]["seconds"] for row in rows), data={"planted": planted, "runs": rows, "ranks": ranks},
     )  # fmt: skip
     write_record(out, "collapse", record, draw(planted, rows))
-    kept.path.unlink(missing_ok=True)
+    kept.forget()
     return record
 
 
-class _Kept:
-    """What an interrupted run has made, by name, in one file of the cache."""
-
-    def __init__(self, *decides: object) -> None:
-        self.path = state_file("collapse", *decides).with_suffix(".json")
-        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}  # fmt: skip
-
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a value made before, or make and keep it."""
-        if name not in self.values:
-            self.values[name] = plain(make())
-            with atomic_file(self.path) as path:
-                path.write_text(json.dumps(self.values))
-        return self.values[name]
-
-
 def _diagnosed(
-    folder: Path, settings: Settings, way: Run, seed: int, device: str, kept: _Kept, say: Progress
+    folder: Path, settings: Settings, way: Run, seed: int, device: str, kept: Kept, say: Progress
 ) -> list[dict[str, Any]]:
     """Forecast and run every task in one way."""
     aligned = DataOptions(

@@ -46,7 +46,6 @@ from specdef.experiments.lock_table import (
 )
 from specdef.experiments.record import Progress, claim, make_record, write_record
 from specdef.experiments.toy_locks_setup import Net
-from specdef.weights.atomic import atomic_file
 
 SEEDS = {"cpu": 3, "smoke": 1, "full": 1}
 """Seeds unless told otherwise."""
@@ -101,7 +100,7 @@ def run(
     size: Literal["cpu", "full", "smoke"] = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Lock, attack and compare, and write composition.json, composition.png and composition.md.
+    """Lock, attack and compare, and write composition.json, composition.md and composition.png.
 
     Every run is kept in the cache as soon as it has ended; what was interrupted goes on from there.
 
@@ -156,8 +155,6 @@ def run(
         seconds=sum(row["seconds"] for part in results.values() for row in part["rows"]), data=results,
     )  # fmt: skip
     write_record(out, "composition", record, draw(cells, LOCKS))
-    with atomic_file(out / "composition.md") as path:
-        path.write_text(_page(record, tables), encoding="utf-8")
     forget(used)
     for journal in used:
         place = journal.with_suffix(".deformed")
@@ -210,10 +207,3 @@ def _undone(net: str, of: Callable[[str], Mapping[str, float]]) -> list[dict[str
     if BOTH in clipped:
         claims.append(claim(f"{net}: re-balancing and then clipping undoes both: it recovers at least {1 - SLACK:g}.", clipped[BOTH] >= 1 - SLACK, recovered=clipped))  # fmt: skip
     return claims
-
-
-def _page(record: Mapping[str, Any], tables: Mapping[str, Sequence[str]]) -> str:
-    lines = ["# An absorbed lock on top of a deformation", "", f"`{record['command']}`: mean ± half of the 95 % interval over seeds.", ""]  # fmt: skip
-    for title, table in tables.items():
-        lines += [f"## {title}", "", *table, ""]
-    return "\n".join([*lines, "## Claims", "", *(f"- {line}" for line in record["summary"]), ""])

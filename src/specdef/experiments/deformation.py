@@ -39,7 +39,7 @@ def run(
     size: Literal["cpu", "full", "smoke"] = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train, lock and measure, and write deformation.json and deformation.png.
+    """Train, lock and measure, and write deformation.json, deformation.md and deformation.png.
 
     What is done is kept, and a run that was interrupted goes on from there: finished seeds in deformation.partial.json,
     the state of a lock under way beside it, and trained models in the cache.

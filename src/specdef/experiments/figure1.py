@@ -24,6 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from specdef.experiments.paper.earlier import figure1_comparisons
 from specdef.experiments.record import (
     Progress,
     claim,
@@ -52,7 +53,7 @@ def run(
     size: Literal["cpu", "smoke"] = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure and predict, and write figure1.json and figure1.png.
+    """Measure and predict, and write figure1.json, figure1.md and figure1.png.
 
     Args:
         out: Folder.
@@ -82,7 +83,7 @@ def run(
     limit = at_the_limit(seeds[0])
     claims = _claims(rows, limit)
     record = make_record(
-        "figure1", {"seeds": seeds, "size": size}, seconds=time.perf_counter() - began, claims=claims,
+        "figure1", {"seeds": seeds, "size": size}, seconds=time.perf_counter() - began, claims=claims, comparisons=figure1_comparisons(claims),
         data={"tolerance": TOLERANCE, "rows": rows, "at_the_limit": limit},
     )  # fmt: skip
     write_record(out, "figure1", record, _plot(rows))

@@ -29,6 +29,7 @@ from specdef.experiments.figure2_measure import (
     step_rows,
 )
 from specdef.experiments.figure2_plot import plot
+from specdef.experiments.paper.earlier import figure2_comparisons
 from specdef.experiments.record import (
     Progress,
     claim,
@@ -63,7 +64,7 @@ def run(
     size: Literal["cpu", "smoke"] = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure, judge the claims, and write figure2.json and figure2.png.
+    """Measure, judge the claims, and write figure2.json, figure2.md and figure2.png.
 
     Args:
         out: Folder.
@@ -92,7 +93,7 @@ def run(
     data["remark"] = [r for s in seeds for r in remark_rows(s, amount.bound_scales)]
     claims = [*step_claims(data["steps"], amount), *bound_claims(data)]
     record = make_record(
-        "figure2", {"seeds": seeds, "size": size}, seconds=time.perf_counter() - began, claims=claims,
+        "figure2", {"seeds": seeds, "size": size}, seconds=time.perf_counter() - began, claims=claims, comparisons=figure2_comparisons(claims),
         data={"budget": amount.budget, "rates": amount.rates, "goal": GOAL, **data},
     )  # fmt: skip
     write_record(out, "figure2", record, plot(data, amount))

@@ -96,7 +96,7 @@ def run(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune with every guard, and write fragility-guard.json and fragility-guard.png.
+    """Fine-tune with every guard, and write fragility-guard.json, fragility-guard.md and fragility-guard.png.
 
     Args:
         out: Folder; made if absent.

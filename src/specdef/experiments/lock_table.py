@@ -260,6 +260,10 @@ def _best(curve: Curve) -> dict[str, Any]:
     (sweep,) = curve.sweeps
     return {
         "loss": sweep.best.best,
+        "start_loss": sweep.best.start,
+        "start_accuracy": None if math.isnan(sweep.best.accuracies[0]) else sweep.best.accuracies[0],
+        "metrics": sweep.best.metrics,
+        "utility": sweep.best.utility,
         "accuracy": max(map(_accuracy, sweep.runs)),
         "learning_rate": sweep.best.setting.learning_rate,
         "seconds": round(sum(run.seconds + run.prepare_seconds for run in sweep.runs), 2),

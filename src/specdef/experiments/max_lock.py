@@ -130,7 +130,7 @@ def run_table(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Lock by every design, attack, forecast and compare, and write NAME.json and NAME.png.
+    """Lock by every design, attack, forecast and compare, and write NAME.json, NAME.md and NAME.png.
 
     Every run is kept in the cache as soon as it has ended; what was interrupted goes on from there. Processes that run
     different rows share what they have in common; a run of all rows then puts the table together.

@@ -47,7 +47,7 @@ def run(
     attacks: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Lock, attack and compare, and write max-lock-mlp.json and max-lock-mlp.png.
+    """Lock, attack and compare, and write max-lock-mlp.json, max-lock-mlp.md and max-lock-mlp.png.
 
     Args:
         out: Folder; made if absent.

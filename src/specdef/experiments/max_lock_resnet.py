@@ -89,7 +89,7 @@ def run(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train, lock, attack and compare, and write max-lock-resnet.json and max-lock-resnet.png.
+    """Train, lock, attack and compare, and write max-lock-resnet.json, max-lock-resnet.md and max-lock-resnet.png.
 
     Args:
         out: Folder; made if absent.

@@ -73,7 +73,7 @@ def run(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Lock, attack and compare, and write max-lock-smollm2.json and max-lock-smollm2.png.
+    """Lock, attack and compare, and write max-lock-smollm2.json, max-lock-smollm2.md and max-lock-smollm2.png.
 
     Args:
         out: Folder; made if absent.

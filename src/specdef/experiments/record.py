@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -91,7 +92,7 @@ def make_record(
 
 
 def write_record(out: Path, name: str, record: Mapping[str, Any], figure: Figure) -> None:
-    """Write NAME.json and NAME.png.
+    """Write NAME.json, NAME.png and NAME.md.
 
     Args:
         out: Folder; made if absent.
@@ -105,6 +106,53 @@ def write_record(out: Path, name: str, record: Mapping[str, Any], figure: Figure
     text = _LISTS.sub(lambda found: _BREAKS.sub(" ", found[0]), json.dumps(plain(record), indent=1, allow_nan=False))  # fmt: skip
     with atomic_file(out / f"{name}.json") as path:
         path.write_text(text + "\n", encoding="utf-8")
+    with atomic_file(out / f"{name}.md") as path:
+        path.write_text(markdown(name, plain(record)), encoding="utf-8")
+
+
+def markdown(name: str, record: Mapping[str, Any]) -> str:
+    """Return a record as a page for people.
+
+    Args:
+        name: Of the experiment.
+        record: As `make_record` makes it; `comparisons` (of `paper.verdicts`) and `table` are optional.
+
+    Returns:
+        Markdown: command and versions, the papers' numbers beside ours, claims, tables, the figure.
+    """
+    used = ", ".join(f"{n} {v}" for n, v in record.get("versions", {}).items())
+    lines = [f"# {name}", "", f"`{record.get('command', name)}`: {record['seconds']:.0f} s{f' ({used})' if used else ''}.", ""]  # fmt: skip
+    if comparisons := record.get("comparisons"):
+        lines += ["## The paper's numbers beside ours", "", *comparison_table(comparisons), ""]
+    said = {c["quantity"] for c in comparisons or ()}
+    claims = [c for c in record["claims"] if c["claim"].split(": the paper has")[0] not in said]
+    if claims:
+        lines += ["## Claims", ""]
+        lines += [f"- {'held' if c['held'] else '**NOT held**'}: {c['claim']}" for c in claims] + [""]  # fmt: skip
+    if table := record.get("table"):
+        lines += ["## Tables", ""]
+        for before, line in itertools.pairwise(["", *table]):
+            between = bool(line and before) and not (line.startswith("|") and before.startswith("|"))  # fmt: skip
+            lines += [""] * between + [line]
+        lines.append("")
+    lines.append(f"![{name}]({name}.png)")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+
+def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write numbers of a paper beside ours as a table in Markdown.
+
+    Args:
+        comparisons: As `paper.verdicts.comparison` makes them.
+
+    Returns:
+        Lines.
+    """
+    lines = ["| what | paper | here | verdict |", "|---|---|---|---|"]
+    for c in comparisons:
+        what = c["quantity"] + (f" ({c['note']})" if c["note"] else "")
+        lines.append(f"| {what} | {c['paper']} | {c['ours']} | {c['verdict']} |")
+    return lines
 
 
 def plain(value: Any) -> Any:

@@ -105,7 +105,7 @@ def run(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Lock, attack and compare, and write smollm2-locks.json and smollm2-locks.png.
+    """Lock, attack and compare, and write smollm2-locks.json, smollm2-locks.md and smollm2-locks.png.
 
     Every run is kept in the cache as soon as it has ended; what was interrupted goes on from there.
 

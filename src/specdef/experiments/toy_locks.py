@@ -80,7 +80,7 @@ def run(
     size: Literal["cpu", "smoke"] = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Lock, attack and compare, and write toy-locks.json and toy-locks.png.
+    """Lock, attack and compare, and write toy-locks.json, toy-locks.md and toy-locks.png.
 
     Every run is kept in the cache as soon as it has ended; what was interrupted goes on from there.
 

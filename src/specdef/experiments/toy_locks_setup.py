@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from specdef.attacks.structural.sites import rescale, symmetric_sites
 from specdef.attacks.task import Task
@@ -129,7 +130,7 @@ def locked(model: nn.Sequential, task: Task, lock: ToyLock) -> nn.Sequential:
         The copy: the same function, to the bit where scales are powers of two.
     """
     if lock.compensated:
-        return nn.Sequential(*_compensated(model, lock)).eval()
+        return compensated(model, lock.k, lock.scale).eval()
     copied = copy.deepcopy(model)
     tensors = unique_tensors(copied)
     active = _activity(copied, symmetric_sites(copied), task.retain[0][0])  # type: ignore[index]
@@ -145,6 +146,22 @@ def locked(model: nn.Sequential, task: Task, lock: ToyLock) -> nn.Sequential:
         factors[slice(None) if lock.channel == "every" else chosen[site]] = 2.0**exponent
         rescale(tensors, site, factors)
     return copied
+
+
+def compensated(model: nn.Sequential, k: int, scale: float) -> nn.Sequential:
+    """Raise the largest singular values of every hidden layer of a copy of a net, and insert a layer behind it that takes it back.
+
+    Args:
+        model: Its layers are used one after another; convolutions and linear layers but the last one are hidden. Not changed.
+        k: Singular values raised of each; of a convolution those of its matrix with a row for every output channel.
+        scale: What they are multiplied by.
+
+    Returns:
+        The copy, each hidden layer as W~ and C: two plain layers, so that every optimiser sees both.
+    """
+    *hidden, last = copy.deepcopy(list(model))
+    pairs = ((layer,) if not isinstance(layer, nn.Linear | nn.Conv2d) else _pair(layer, k, scale) for layer in hidden)  # fmt: skip
+    return nn.Sequential(*(layer for pair in pairs for layer in pair), last)
 
 
 def output_difference(first: nn.Module, second: nn.Module, task: Task) -> float:
@@ -173,19 +190,19 @@ def _activity(model: nn.Sequential, sites: Sequence[Site], x: Tensor) -> Mapping
     return {site: read[site.consumers[0].tensor] for site in sites}
 
 
-def _compensated(model: nn.Sequential, lock: ToyLock) -> Iterator[nn.Module]:
-    """Yield the net's layers, each hidden one as W~ and C: two plain layers, so that every optimiser sees both."""
-    *hidden, last = copy.deepcopy(list(model))
-    for layer in hidden:
-        if not isinstance(layer, nn.Linear):
-            yield layer
-            continue
-        U, S, Vh, _ = topk_svd(layer.weight.detach(), lock.k)
-        inserted = nn.Linear(layer.out_features, layer.out_features)
-        raised = nn.Linear(layer.in_features, layer.out_features, bias=False)
-        with torch.no_grad():
-            raised.weight.copy_(layer.weight + (lock.scale - 1) * (U * S) @ Vh)
-            inserted.weight.copy_(torch.eye(len(U)) - (1 - 1 / lock.scale) * U @ U.T)
-            inserted.bias.copy_(layer.bias)
-        yield from (raised, inserted)
-    yield last
+@torch.no_grad()
+def _pair(layer: nn.Linear | nn.Conv2d, k: int, scale: float) -> tuple[nn.Module, nn.Module]:
+    weight = layer.weight.flatten(1)
+    U, S, Vh, _ = topk_svd(weight, k)
+    C = torch.eye(len(U)).to(weight) - (1 - 1 / scale) * U @ U.T
+    inserted: nn.Linear | nn.Conv2d
+    if isinstance(layer, nn.Linear):
+        inserted = skip_init(nn.Linear, len(U), len(U)).to(weight)  # type: ignore[no-untyped-call]
+    else:
+        inserted = skip_init(nn.Conv2d, len(U), len(U), 1).to(weight)  # type: ignore[no-untyped-call]
+    inserted.weight.copy_(C.view_as(inserted.weight))
+    assert inserted.bias is not None and layer.bias is not None
+    inserted.bias.copy_(layer.bias)
+    layer.weight.copy_((weight + (scale - 1) * (U * S) @ Vh).view_as(layer.weight))
+    layer.bias = None
+    return layer, inserted
