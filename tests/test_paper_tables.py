@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
 from specdef.attacks.task import Budget, Setting, Task
 from specdef.data.pictures import picture_batches, read_pictures
 from specdef.errors import SpecDefError
-from specdef.experiments.kept import Kept
+from specdef.experiments.kept import Clock, Kept
 from specdef.experiments.lock_table import SCRATCH, UNLOCKED
+from specdef.experiments.paper.conclude import conclude
 from specdef.experiments.paper.locks import ABSORBED, COMPENSATED, DEFORMATION, Recipes, lock_all
 from specdef.experiments.paper.results import TARGETS, read_records, results_table
 from specdef.experiments.paper.runs import (
@@ -67,6 +69,31 @@ def test_verdicts() -> None:
     assert "| b | 1 | 2 | only at the paper's learning rate |" in page
     assert "## Claims" not in page  # the comparisons say it already
     assert "one\n\n| a |\n|---|\n\ntwo\n" in page
+
+
+def test_a_record_is_written_and_the_state_forgotten(cache, tmp_path) -> None:
+    kept = Kept("x", 1)
+    told: list[str] = []
+    clock = Clock(kept, told.append)
+    clock.say("one")
+    first = clock.total()
+    again = Clock(kept, None)
+    again.say("two")
+    assert told == ["one"] and again.total() > 0 and first > 0
+    kept.file("seconds", ".txt").write_text("100.0")
+    assert 100 < Clock(kept, None).total() < 200  # an interrupted run counts
+    entry = comparison("a", paper="1", ours="2", verdict=HELD)
+    record = conclude(
+        tmp_path / "out", "table-x", kept, options={"seeds": (0,), "data": Path("/some/where")}, seconds=2.0, comparisons=[entry],
+        table=["t"], settings={}, data={"n": 1}, figure=Figure(),
+    )  # fmt: skip
+    assert record["command"] == "specdef.experiments.table_x.run(out, seeds=(0,), data='DIR')"
+    assert (
+        record["claims"][0]["held"]
+        and json.loads((tmp_path / "out" / "table-x.json").read_text()) == record
+    )
+    assert (tmp_path / "out" / "table-x.md").read_text() == markdown("table-x", record)
+    assert not list((cache / "experiments").iterdir())
 
 
 def row(lock: str, at: str, accuracy: float | None, seed: int = 0, loss: float = 1.0) -> dict:

@@ -83,7 +83,7 @@ TASKS = ("moby-dick", "sotu", "python", "arithmetic")
 
 SIZES = {
     "cpu": Settings(
-        parameters=("model.layers.2?.*",), aligned_rows=6, tasks=TASKS, task_rows=6, length=24, max_rank=8,
+        parameters=("model.layers.2?.*",), aligned_rows=4, tasks=TASKS, task_rows=4, length=24, max_rank=8,
         runs=(
             Run(name="sgd", optimizer="sgd", learning_rate=None, steps=40),
             Run(name="adamw", optimizer="adamw", learning_rate=2e-6, steps=20),

@@ -5,7 +5,6 @@ AdamW at the paper's rates, 1e-3 to 1e-8, a decade apart; beside it a sweep from
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from specdef.attacks.task import Budget, Setting, Task
 from specdef.experiments.figure3_report import RATES, comparisons, curves, draw, rate_table
-from specdef.experiments.kept import Kept
+from specdef.experiments.kept import Clock, Kept
 from specdef.experiments.lock_table import Rows
 from specdef.experiments.pair_models import (
     ENCODER,
@@ -27,11 +26,11 @@ from specdef.experiments.pair_models import (
     require_models,
 )
 from specdef.experiments.pair_tasks import EASY, RTE, read_tasks
+from specdef.experiments.paper.conclude import conclude
 from specdef.experiments.paper.locks import Recipes
 from specdef.experiments.paper.runs import Case, Plan, Recipe, attack_case
 from specdef.experiments.paper.tables import lock_table
-from specdef.experiments.paper.verdicts import claims_of
-from specdef.experiments.record import Progress, make_record, write_record
+from specdef.experiments.record import Progress
 from specdef.lock.deformation.config import DeformationConfig
 
 SEEDS = {"cpu": 1, "full": 3, "smoke": 1}
@@ -107,13 +106,12 @@ def run(
     Raises:
         SpecDefError: A file or the model's package is missing, or a file cannot be read.
     """
-    began = time.perf_counter()
-    say = progress or (lambda _: None)
     settings = SIZES[size]
     pairs = read_tasks(data, tuple(settings.steps), made=settings.made, seed=seeds[0])
     require_models([settings.model])
     kept = Kept("figure3", settings, tuple(seeds), sorted(pairs.rows), device)
-    resumed = bool(kept.values)
+    clock = Clock(kept, progress)
+    say = clock.say
     recipes = Recipes(deformation=settings.deformation)
     made = prepare(settings.model, settings.amounts, recipes, pairs, seed=seeds[0], device=device, kept=kept, say=say)  # fmt: skip
     rows: Rows = []
@@ -125,13 +123,10 @@ def run(
             )  # fmt: skip
             rows += counted_from(attack_case(case, plan(settings, task), kept, say), made.guesses[name])  # fmt: skip
     found = curves(rows)
-    compared = comparisons(found)
-    worked = sum(part["seconds"] for part in (made.trained, *made.facts, *rows))
-    record = make_record(
-        "figure3",
-        {"seeds": seeds, "size": size, "data": data and "DIR", "device": device},
-        seconds=worked if resumed else time.perf_counter() - began,
-        claims=claims_of(compared),
+    compared = comparisons(found, made.facts)
+    return conclude(
+        out, "figure3", kept, options={"seeds": seeds, "size": size, "data": data, "device": device},
+        seconds=clock.total(),
         comparisons=compared,
         table=[
             *rate_table(found, "loss", 3),
@@ -141,11 +136,8 @@ def run(
             *(f"{task} is left out: {why}" for task, why in pairs.left_out.items()),
         ],
         settings={"left_out": pairs.left_out, **asdict(settings)},
-        data={"curves": found, "rows": rows, "own": made.own, "locks": made.facts},
-    )
-    write_record(out, "figure3", record, draw(found))
-    kept.forget()
-    return record
+        data={"curves": found, "rows": rows, "own": made.own, "locks": made.facts}, figure=draw(found),
+    )  # fmt: skip
 
 
 def plan(settings: Settings, task: Task) -> Plan:

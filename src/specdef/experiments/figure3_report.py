@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from specdef.experiments.lock_table import SCRATCH, UNLOCKED, Rows
-from specdef.experiments.paper.locks import DEFORMATION
+from specdef.experiments.paper.locks import DEFORMATION, raised
 from specdef.experiments.paper.runs import PAPER, SWEEP
 from specdef.experiments.paper.verdicts import (
     FAILED,
@@ -70,11 +70,12 @@ def _number(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def comparisons(points: Rows) -> Rows:
+def comparisons(points: Rows, facts: Sequence[Mapping[str, Any]] = ()) -> Rows:
     """Compare with the paper: where the unlocked model learns, and that a locked one learns nowhere.
 
     Args:
         points: Of `curves`.
+        facts: Of `lock_all`.
 
     Returns:
         One entry for every task and model.
@@ -86,7 +87,7 @@ def comparisons(points: Rows) -> Rows:
         if all(p["share"] is None for p in part):
             continue
         locks = dict.fromkeys(p["lock"] for p in part if p["lock"] not in (UNLOCKED, SCRATCH))
-        found += [_resists(task, lock, part) for lock in locks]
+        found += [_resists(task, lock, part, raised(facts, lock)) for lock in locks]
     return found
 
 
@@ -106,12 +107,18 @@ def _window(task: str, part: Rows) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _resists(task: str, lock: str, part: Rows) -> dict[str, Any]:
+def _resists(task: str, lock: str, part: Rows, growth: str) -> dict[str, Any]:
     control = max(_shares(part, UNLOCKED, PAPER).values(), default=-math.inf)
     there, elsewhere = _shares(part, lock, PAPER), _shares(part, lock, SWEEP)
     learns = sorted(rate for rate, share in there.items() if share >= RESISTED)
     beyond = sorted(rate for rate, share in elsewhere.items() if share >= RESISTED)
-    notes = [] if lock == DEFORMATION else ["the paper's claim is on its own lock"]
+    notes = (
+        [growth]
+        if lock == DEFORMATION and growth
+        else []
+        if lock == DEFORMATION
+        else ["the paper's claim is on its own lock"]
+    )
     swept = any(p["lock"] == lock and p["at"] == SWEEP for p in part)
     if not swept:
         notes.append("not swept")

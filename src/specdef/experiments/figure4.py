@@ -6,7 +6,6 @@ where nothing moves.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,12 +28,12 @@ from specdef.experiments.figure4_setup import (
     task,
 )
 from specdef.experiments.figure4_train import train
-from specdef.experiments.kept import Kept
+from specdef.experiments.kept import Clock, Kept
 from specdef.experiments.lock_table import Rows
+from specdef.experiments.paper.conclude import conclude
 from specdef.experiments.paper.runs import Case, Plan, attack_case, summarise
 from specdef.experiments.paper.tables import attack_table, lock_table
-from specdef.experiments.paper.verdicts import claims_of
-from specdef.experiments.record import Progress, make_record, write_record
+from specdef.experiments.record import Progress
 
 SEEDS = {"cpu": 3, "full": 3, "smoke": 1}
 """Seeds unless told otherwise."""
@@ -98,12 +97,11 @@ def run(
     Raises:
         SpecDefError: CIFAR-10 is not in the folder, a set cannot be read or has too few pictures, or heavyball is missing.
     """
-    began = time.perf_counter()
-    say = progress or (lambda _: None)
     settings = SIZES[size]
     require(settings, data)
     kept = Kept("figure4", settings, device)
-    resumed = bool(kept.values)
+    clock = Clock(kept, progress)
+    say = clock.say
     rows: Rows = []
     facts: Rows = []
     trainings: Rows = []
@@ -113,23 +111,17 @@ def run(
             total += part
     cells = summarise(from_chance(rows))
     found = comparisons(facts, cells, settings)
-    worked = sum(part["seconds"] for part in (*trainings, *facts, *rows))
-    record = make_record(
-        "figure4",
-        {"seeds": seeds, "size": size, "data": data and "DIR", "device": device},
-        seconds=worked if resumed else time.perf_counter() - began,
-        claims=claims_of(found),
+    return conclude(
+        out, "figure4", kept, options={"seeds": seeds, "size": size, "data": data, "device": device},
+        seconds=clock.total(),
         comparisons=found,
         table=[*attack_table(cells, digits=3), *attack_table(cells, "recovered"), *lock_table(facts)],
         settings={
             **asdict(settings), "papers": {n: s.to_dict() for n, s in PAPERS.items()}, "batch_size": BATCH_SIZE,
             "deformation": settings.deformation(0).to_dict(), "compensated": {"scale": SCALE, "k": RAISED},
         },
-        data={"cells": cells, "rows": rows, "locks": facts, "trainings": trainings},
+        data={"cells": cells, "rows": rows, "locks": facts, "trainings": trainings}, figure=draw(rows, cells, settings),
     )  # fmt: skip
-    write_record(out, "figure4", record, draw(rows, cells, settings))
-    kept.forget()
-    return record
 
 
 def _seed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specdef.experiments.lock_table import state_file
-from specdef.experiments.record import plain
+from specdef.experiments.record import Progress, plain
 from specdef.weights.atomic import atomic_file
 
 
@@ -82,6 +83,33 @@ class Kept:
         """Remove everything; for when the record is written."""
         for path in self.journal.parent.glob(f"{self.journal.stem}.*"):
             path.unlink(missing_ok=True)
+
+
+class Clock:
+    """Wall time of a run and of those before it that were interrupted, brought up to date with every line of progress.
+
+    Args:
+        kept: The state of the experiment.
+        progress: Told what `say` is; None tells nobody.
+    """
+
+    def __init__(self, kept: Kept, progress: Progress | None) -> None:
+        self._file = kept.file("seconds", ".txt")
+        self._progress = progress
+        self._before = float(self._file.read_text()) if self._file.exists() else 0.0
+        self._began = time.perf_counter()
+
+    def total(self) -> float:
+        """Return the seconds so far."""
+        return self._before + time.perf_counter() - self._began
+
+    def say(self, line: str) -> None:
+        """Keep the time, and pass a line on."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self._file) as path:
+            path.write_text(str(self.total()))
+        if self._progress:
+            self._progress(line)
 
 
 def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

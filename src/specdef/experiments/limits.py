@@ -6,13 +6,12 @@ relearns a novel in place of WMDP; a denoiser, a style transfer and a ViT stand 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from specdef.experiments.kept import Kept
+from specdef.experiments.kept import Clock, Kept
 from specdef.experiments.limits_language import language_part
 from specdef.experiments.limits_modalities import (
     cells_of,
@@ -25,9 +24,9 @@ from specdef.experiments.limits_plot import draw
 from specdef.experiments.limits_report import comparisons
 from specdef.experiments.limits_setup import MODALITIES, SIZES, VIT
 from specdef.experiments.limits_tables import tables
+from specdef.experiments.paper.conclude import conclude
 from specdef.experiments.paper.tables import lock_table
-from specdef.experiments.paper.verdicts import claims_of
-from specdef.experiments.record import Progress, make_record, write_record
+from specdef.experiments.record import Progress
 from specdef.models.smollm2 import smollm2
 
 SEEDS = {"cpu": 1, "full": 3, "smoke": 1}
@@ -64,7 +63,7 @@ def run(
     if not settings.language.tiny:
         smollm2(progress=progress)
     kept = Kept("limits", settings, device, tuple(seeds))
-    clock = _Clock(kept, progress or (lambda _: None))
+    clock = Clock(kept, progress)
     language: dict[str, Any] = {"runs": [], "utility": []}
     pictures: dict[str, Any] = {"rows": [], "locks": [], "edits": []}
     curvature: list[dict[str, Any]] = []
@@ -78,30 +77,7 @@ def run(
     cells = cells_of(pictures["rows"])
     found = shares(cells, MODALITIES)
     compared = comparisons(language, pictures, found, curvature)
-    record = make_record(
-        "limits", {"seeds": seeds, "size": size, "device": device}, seconds=clock.total(), claims=claims_of(compared),
-        comparisons=compared, settings=asdict(settings), table=tables(language, found) + lock_table(pictures["locks"]),
-        data={"language": language, "cells": cells, **pictures, "curvature": curvature, "accuracy of": VIT},
+    return conclude(
+        out, "limits", kept, options={"seeds": seeds, "size": size, "device": device}, seconds=clock.total(), comparisons=compared, settings=asdict(settings), table=tables(language, found) + lock_table(pictures["locks"]),
+        data={"language": language, "cells": cells, **pictures, "curvature": curvature, "accuracy of": VIT}, figure=draw(language, found, curvature),
     )  # fmt: skip
-    write_record(out, "limits", record, draw(language, found, curvature))
-    kept.forget()
-    return record
-
-
-class _Clock:
-    """Wall time of this run and of those that were interrupted, brought up to date with every line of progress."""
-
-    def __init__(self, kept: Kept, progress: Progress) -> None:
-        self._kept, self._progress = kept, progress
-        self._before: float = kept.values.get("seconds", 0.0)
-        self._began = time.perf_counter()
-
-    def total(self) -> float:
-        """Return the seconds so far."""
-        return self._before + time.perf_counter() - self._began
-
-    def say(self, line: str) -> None:
-        """Pass a line on, and keep the time."""
-        self._kept.values.pop("seconds", None)
-        self._kept.once("seconds", self.total)
-        self._progress(line)

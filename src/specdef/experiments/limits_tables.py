@@ -59,4 +59,4 @@ def percent(share: Share, missing: str = "not measured") -> str:
     >>> percent(0.25)
     '25.0 %'
     """
-    return missing if share is None else f"{100 * share:.1f} %"
+    return missing if share is None else f"{round(100 * share, 1) + 0.0:.1f} %"  # no -0.0 %

@@ -243,8 +243,12 @@ def deformation(**options: Any) -> DeformationConfig:
     return DeformationConfig(**{**usual, **options})
 
 
+MARGIN = 0.01
+"""Nats below the guess that the best of a dozen runs reaches by chance, on held-out rows as few as size cpu's."""
+
+
 def counted_from(rows: Rows, guess: float) -> Rows:
-    """Count gains in loss from the constant guess where a model begins above it, as the audit does.
+    """Count gains in loss from just below the constant guess where a model begins above it.
 
     A model sure of wrong answers that only becomes less sure has learned nothing of the task.
 
@@ -256,7 +260,7 @@ def counted_from(rows: Rows, guess: float) -> Rows:
         The rows, with `began_at`, the loss before the attack, and `guess`.
     """
     return [
-        {**row, "began_at": row["start_loss"], "guess": guess, "start_loss": min(guess, row["start_loss"])}
+        {**row, "began_at": row["start_loss"], "guess": guess, "start_loss": min(guess - MARGIN, row["start_loss"])}
         for row in rows
     ]  # fmt: skip
 

@@ -5,14 +5,13 @@ At the paper's rate, and at every other: sweeps go from where training diverges 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from specdef.attacks.task import Budget, Setting, Task
-from specdef.experiments.kept import Kept
+from specdef.experiments.kept import Clock, Kept
 from specdef.experiments.lock_table import Rows
 from specdef.experiments.pair_models import (
     DECODER,
@@ -28,11 +27,11 @@ from specdef.experiments.pair_models import (
     require_models,
 )
 from specdef.experiments.pair_tasks import EASY, GLOSSES, RTE, VERSES, read_tasks
+from specdef.experiments.paper.conclude import conclude
 from specdef.experiments.paper.locks import Recipes
 from specdef.experiments.paper.runs import Case, Plan, Recipe, attack_case
 from specdef.experiments.paper.tables import attack_table, draw_attacks, lock_table
-from specdef.experiments.paper.verdicts import claims_of
-from specdef.experiments.record import Progress, make_record, write_record
+from specdef.experiments.record import Progress
 from specdef.experiments.table1_text_report import PAPERS, comparisons, own_table, scored
 from specdef.lock.deformation.config import DeformationConfig
 
@@ -150,14 +149,13 @@ def run(
     Raises:
         SpecDefError: A file or a model's package is missing, or a file cannot be read.
     """
-    began = time.perf_counter()
-    say = progress or (lambda _: None)
     settings = SIZES[size]
     wanted = tuple(dict.fromkeys(attack.task for attack in settings.attacks))
     pairs = read_tasks(data, wanted, made=settings.made, seed=seeds[0])
     require_models(settings.models)
     kept = Kept("table1-text", settings, tuple(seeds), sorted(pairs.rows), device)
-    resumed = bool(kept.values)
+    clock = Clock(kept, progress)
+    say = clock.say
     rows: Rows = []
     facts: Rows = []
     own: Rows = []
@@ -175,14 +173,18 @@ def run(
                     made_rows = attack_case(case, plan(attack, task), kept, say)
                     rows += counted_from(made_rows, made.guesses[task.name])
     cells = scored(rows)
-    found = comparisons(own, cells, rows)
-    worked = sum(part["seconds"] for part in (*own, *facts, *rows))
+    found = comparisons(own, cells, rows, facts)
     left_out = [f"{task} is left out: {why}" for task, why in pairs.left_out.items()]
-    record = make_record(
-        "table1_text",
-        {"seeds": seeds, "size": size, "data": data and "DIR", "device": device},
-        seconds=worked if resumed else time.perf_counter() - began,
-        claims=claims_of(found),
+    names = {m.name: m.kind for m in settings.models}
+    papers = {
+        (name, task, lock): value
+        for name, kind in names.items()
+        for (k, task, lock), value in PAPERS.items()
+        if k == kind
+    }
+    return conclude(
+        out, "table1-text", kept, options={"seeds": seeds, "size": size, "data": data, "device": device},
+        seconds=clock.total(),
         comparisons=found,
         table=[
             *own_table(own),
@@ -193,18 +195,8 @@ def run(
             *left_out,
         ],
         settings={"left_out": pairs.left_out, **asdict(settings)},
-        data={"own": own, "cells": cells, "rows": rows, "locks": facts},
-    )
-    names = {m.name: m.kind for m in settings.models}
-    papers = {
-        (name, task, lock): value
-        for name, kind in names.items()
-        for (k, task, lock), value in PAPERS.items()
-        if k == kind
-    }
-    write_record(out, "table1-text", record, draw_attacks(cells, papers, quantity="score"))
-    kept.forget()
-    return record
+        data={"own": own, "cells": cells, "rows": rows, "locks": facts}, figure=draw_attacks(cells, papers, quantity="score"),
+    )  # fmt: skip
 
 
 def plan(attack: Attacks, task: Task) -> Plan:

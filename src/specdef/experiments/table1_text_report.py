@@ -9,7 +9,7 @@ from typing import Any
 from specdef.experiments.lock_table import SCRATCH, UNLOCKED, Rows
 from specdef.experiments.pair_models import DECODER, ENCODER
 from specdef.experiments.pair_tasks import BY_F1, GLOSSES, OWN, RTE, VERSES
-from specdef.experiments.paper.locks import DEFORMATION
+from specdef.experiments.paper.locks import DEFORMATION, raised
 from specdef.experiments.paper.runs import PAPER, SWEEP, statistics, summarise
 from specdef.experiments.paper.verdicts import RESISTED, comparison, held_if, resistance
 
@@ -49,13 +49,16 @@ def _score(row: Mapping[str, Any]) -> float | None:
     return metrics.get("f1") if row["task"] in BY_F1 else row.get("accuracy")
 
 
-def comparisons(own: Rows, cells: Rows, rows: Rows) -> Rows:
+def comparisons(
+    own: Rows, cells: Rows, rows: Rows, facts: Sequence[Mapping[str, Any]] = ()
+) -> Rows:
     """Compare with the paper: use that is kept, what the unlocked model learns, what locks resist.
 
     Args:
         own: F1 and accuracy on MRPC by model and lock.
         cells: Of `scored`.
         rows: Of `attack_case`.
+        facts: Of `lock_all`.
 
     Returns:
         One entry for every number.
@@ -73,7 +76,8 @@ def comparisons(own: Rows, cells: Rows, rows: Rows) -> Rows:
         if math.isnan(learned["numbers"]["share"]):
             continue
         locks = dict.fromkeys(lock for lock, _ in part if lock not in (UNLOCKED, SCRATCH))
-        found += [_resists(kinds[model], lock, part, learned) for lock in locks]
+        mine = [fact for fact in facts if fact["model"] == model]
+        found += [_resists(kinds[model], lock, part, learned, raised(mine, lock)) for lock in locks]
     return found
 
 
@@ -110,14 +114,14 @@ def _learned(
 
 
 def _resists(
-    kind: str, lock: str, part: Mapping[tuple[str, str], Mapping[str, Any]], learned: Mapping[str, Any]
+    kind: str, lock: str, part: Mapping[tuple[str, str], Mapping[str, Any]], learned: Mapping[str, Any], growth: str
 ) -> dict[str, Any]:  # fmt: skip
     there = part[lock, PAPER]
     best = part.get((lock, SWEEP))
     task = there["task"]
     shares = [_mean(cell["recovered"]) if cell else math.nan for cell in (there, best)]
     control = learned["numbers"]["share"]
-    notes = [_whose(kind, lock, task)]
+    notes = [_whose(kind, lock, task), growth]
     if best is None:
         notes.append("not swept at this size")
     if math.isnan(control) or control < RESISTED:

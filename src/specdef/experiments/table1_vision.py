@@ -15,13 +15,13 @@ from typing import Any, Literal
 from specdef.attacks.task import Budget
 from specdef.experiments.deformation_measure import Settings as Original
 from specdef.experiments.deformation_measure import places, trained
-from specdef.experiments.kept import Kept
+from specdef.experiments.kept import Clock, Kept
 from specdef.experiments.lock_table import Rows, unique_rows
+from specdef.experiments.paper.conclude import conclude
 from specdef.experiments.paper.locks import DEFORMATION, Recipes, lock_all
 from specdef.experiments.paper.runs import PAPER, SWEEP, Case, attack_case, summarise
 from specdef.experiments.paper.tables import attack_table, lock_table
-from specdef.experiments.paper.verdicts import claims_of
-from specdef.experiments.record import Progress, make_record, write_record
+from specdef.experiments.record import Progress
 from specdef.experiments.table1_vision_report import MODEL, comparisons, draw, table
 from specdef.experiments.table1_vision_setup import (
     CLOTHES,
@@ -130,12 +130,11 @@ def run(
     Raises:
         SpecDefError: Pictures are missing, cannot be read, or are too few.
     """
-    began = time.perf_counter()
-    say = progress or (lambda _: None)
     settings, recipes = SIZES[size]
     require_data(settings, data)
-    kept = Kept("table1_vision", settings, recipes, device)
-    resumed = bool(kept.values)
+    kept = Kept("table1-vision", settings, recipes, device)
+    clock = Clock(kept, progress)
+    say = clock.say
     rows: Rows = []
     facts: Rows = []
     trainings: Rows = []
@@ -147,13 +146,10 @@ def run(
     # Attacks of the paper have more steps than those of sweeps: each is a share of what the unlocked net gains in its own way.
     cells = [cell for at in (PAPER, SWEEP) for cell in summarise([r for r in rows if r["at"] == at])]  # fmt: skip
     found = comparisons(settings, trainings, facts, cells)
-    worked = sum(part["seconds"] for part in (*trainings, *facts, *rows))
     earlier = sum(t["seconds"] for t in trainings if t["earlier"])
-    record = make_record(
-        "table1_vision",
-        {"seeds": seeds, "size": size, "data": data and "DIR", "device": device},
-        seconds=worked if resumed else time.perf_counter() - began + earlier,
-        claims=claims_of(found),
+    return conclude(
+        out, "table1-vision", kept, options={"seeds": seeds, "size": size, "data": data, "device": device},
+        seconds=clock.total() + earlier,
         comparisons=found,
         table=[
             *table(settings, trainings, facts, cells),
@@ -165,11 +161,8 @@ def run(
             "net": asdict(settings), "locks": recipes.to_dict(),
             "attacks": {t.name: asdict(plan_of(settings, t)) for t in settings.targets},
         },
-        data={"cells": cells, "rows": rows, "locks": facts, "trainings": trainings},
+        data={"cells": cells, "rows": rows, "locks": facts, "trainings": trainings}, figure=draw(settings, cells),
     )  # fmt: skip
-    write_record(out, "table1-vision", record, draw(settings, cells))
-    kept.forget()
-    return record
 
 
 def _seed(

@@ -9,19 +9,18 @@ nothing moves.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from specdef.attacks.task import Budget, Setting
-from specdef.experiments.kept import Kept
+from specdef.experiments.kept import Clock, Kept
 from specdef.experiments.lock_table import UNLOCKED, Rows
+from specdef.experiments.paper.conclude import conclude
 from specdef.experiments.paper.locks import Recipes, lock_all
 from specdef.experiments.paper.tables import lock_table
-from specdef.experiments.paper.verdicts import claims_of
-from specdef.experiments.record import Progress, make_record, write_record
+from specdef.experiments.record import Progress
 from specdef.experiments.table2_attacks import Attacks, attack_guards
 from specdef.experiments.table2_report import cells_of, comparisons, draw, table
 from specdef.experiments.table2_setup import (
@@ -98,11 +97,11 @@ def run(
     Raises:
         SpecDefError: The guard or texts are not there, or cannot be read.
     """
-    began = time.perf_counter()
-    say = progress or (lambda _: None)
     settings, recipes, attacks = SIZES[size]
     require_data(settings, data)
     kept = Kept("table2", settings, recipes, attacks, device)
+    clock = Clock(kept, progress)
+    say = clock.say
     rows: Rows = []
     facts: Rows = []
     trainings: Rows = []
@@ -120,20 +119,14 @@ def run(
     cells = cells_of(rows)
     growth = {f["lock"]: f["growth_median"] for f in facts if "growth_median" in f}
     compared = comparisons(cells, guard=_guard(settings), growth=growth)
-    worked = sum(part["seconds"] for part in (*trainings, *facts, *rows))
-    record = make_record(
-        "table2",
-        {"seeds": seeds, "size": size, "data": data and "DIR", "device": device},
-        seconds=max(worked, time.perf_counter() - began),
-        claims=claims_of(compared),
+    return conclude(
+        out, "table2", kept, options={"seeds": seeds, "size": size, "data": data, "device": device},
+        seconds=clock.total(),
         comparisons=compared,
         table=[*table(cells), *lock_table(facts)],
         settings={"guard": asdict(settings), "locks": recipes.to_dict(), "attacks": asdict(attacks)},
-        data={"cells": list(cells.values()), "rows": rows, "locks": facts, "trainings": trainings},
+        data={"cells": list(cells.values()), "rows": rows, "locks": facts, "trainings": trainings}, figure=draw(cells),
     )  # fmt: skip
-    write_record(out, "table2", record, draw(cells))
-    kept.forget()
-    return record
 
 
 def _guard(settings: Settings) -> str:

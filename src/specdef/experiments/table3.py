@@ -5,7 +5,6 @@ At the paper's rate, and at every other: sweeps go from where training diverges 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any, Literal
 from torch import nn
 
 from specdef.attacks.task import Budget, Setting
-from specdef.experiments.kept import Kept
+from specdef.experiments.kept import Clock, Kept
 from specdef.experiments.lock_table import UNLOCKED, Rows
+from specdef.experiments.paper.conclude import conclude
 from specdef.experiments.paper.locks import Recipes, lock_all
 from specdef.experiments.paper.runs import PAPER, SWEEP, Case, Plan, Recipe, attack_case, summarise
 from specdef.experiments.paper.tables import attack_table, lock_table
-from specdef.experiments.paper.verdicts import claims_of
-from specdef.experiments.record import Progress, make_record, write_record
+from specdef.experiments.record import Progress
 from specdef.experiments.table3_data import Settings, first_rows, others_of, pictures, require_data
 from specdef.experiments.table3_report import BEFORE, ORIGINAL, comparisons, draw, table
 from specdef.experiments.table3_setup import TOLD_APART, fresh, measures, relearning, train, unlearn
@@ -99,12 +98,11 @@ def run(
     Raises:
         SpecDefError: CIFAR-10 is not in the folder, cannot be read, or has too few pictures.
     """
-    began = time.perf_counter()
-    say = progress or (lambda _: None)
     settings, recipes, plan = SIZES[size]
     require_data(settings, data)
     kept = Kept("table3", settings, recipes, plan, device)
-    resumed = bool(kept.values)
+    clock = Clock(kept, progress)
+    say = clock.say
     states: Rows = []
     rows: Rows = []
     facts: Rows = []
@@ -115,12 +113,9 @@ def run(
             total += part
     cells = [cell for at in (PAPER, SWEEP) for cell in summarise([r for r in rows if r["at"] == at], TOLD_APART)]  # fmt: skip
     found = comparisons(states, cells)
-    worked = sum(part["seconds"] for part in (*trainings, *facts, *rows))
-    record = make_record(
-        "table3",
-        {"seeds": seeds, "size": size, "data": data and "DIR", "device": device},
-        seconds=worked if resumed else time.perf_counter() - began,
-        claims=claims_of(found),
+    return conclude(
+        out, "table3", kept, options={"seeds": seeds, "size": size, "data": data, "device": device},
+        seconds=clock.total(),
         comparisons=found,
         table=[
             *table(states),
@@ -129,11 +124,8 @@ def run(
             *lock_table(facts),
         ],
         settings={"net": asdict(settings), "locks": recipes.to_dict(), "attacks": asdict(plan)},
-        data={"states": states, "cells": cells, "rows": rows, "locks": facts, "trainings": trainings},
+        data={"states": states, "cells": cells, "rows": rows, "locks": facts, "trainings": trainings}, figure=draw(states),
     )  # fmt: skip
-    write_record(out, "table3", record, draw(states))
-    kept.forget()
-    return record
 
 
 def _seed(

@@ -180,7 +180,7 @@ def comparisons(states: Rows, cells: Rows) -> list[dict[str, Any]]:
         assert locked
         own = "" if lock == DEFORMATION else "the paper's numbers are the deformation's"
         entries += [
-            _cost(f"lock: {lock}", unlearned, locked, paper_others(UNLOCKED, BEFORE), paper_others(DEFORMATION, BEFORE), own),
+            _cost(f"under the lock: {lock}", unlearned, locked, paper_others(UNLOCKED, BEFORE), paper_others(DEFORMATION, BEFORE), own),
             _resisted(lock, found, cells, own),
             _cost(
                 f"relearning at 0.1 under the lock: {lock}", locked, attacked, paper_others(DEFORMATION, BEFORE),

@@ -101,6 +101,26 @@ def lock_all(
     return models, facts
 
 
+def raised(facts: Sequence[Mapping[str, Any]], lock: str) -> str:
+    """Say by how much a deformation raised the singular values.
+
+    Args:
+        facts: Of `lock_all`.
+        lock: Its name.
+
+    Returns:
+        A note; empty for other locks.
+    """
+    growth = [
+        fact["growth_median"] for fact in facts if fact["lock"] == lock and "growth_median" in fact
+    ]
+    return (
+        f"the median matrix's largest singular value rose {sum(growth) / len(growth):.2f} times"
+        if growth
+        else ""
+    )
+
+
 def _recipes(recipes: Recipes) -> dict[str, DeformationConfig | LockConfig]:
     found: dict[str, DeformationConfig | LockConfig | None] = {
         DEFORMATION: recipes.deformation, COMPENSATED: recipes.compensated, ABSORBED: recipes.absorbed, **recipes.others,
