@@ -79,8 +79,8 @@ def test_options_reach_the_experiment(run, tmp_path, monkeypatch) -> None:
         ([], "xperiment"),
         (["figure1", "--size", "huge"], "huge"),
         (
-            ["figure1", "--size", "full"],
-            "--size full is for calibration, deformation, smollm2-locks",
+            ["toy-locks", "--size", "full"],
+            "--size full is for figure1, figure2, calibration, deformation",
         ),
         (["figure1", "--seeds", "0"], "--seeds must be at least 1"),
         (["calibration", "--seeds", "2"], "calibration takes one seed"),

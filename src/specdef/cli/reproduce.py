@@ -55,10 +55,10 @@ class Size(StrEnum):
 
 
 FULL = (
-    "calibration", "deformation", "smollm2-locks", "composition", "max-lock-resnet", "max-lock-smollm2",
+    "figure1", "figure2", "calibration", "deformation", "smollm2-locks", "composition", "max-lock-resnet", "max-lock-smollm2",
     "collapse", "figure3", "figure4", "table1-vision", "table1-text", "table2", "table3", "limits",
 )  # fmt: skip
-"""Experiments whose size cpu is not the largest."""
+"""Experiments that take size full; figures 1 and 2 are whole at size cpu already."""
 
 
 def reproduce(
