@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from specdef.curvature.losses import Batch
+from specdef.curvature.losses import Batch, Loss
 from specdef.errors import SpecDefError
 from specdef.lock.deformation.data import batches_from
+from specdef.lock.deformation.retain import task_loss, task_mean, to_device
 
 
 def fit(
@@ -58,3 +59,19 @@ def fit(
     optimizer.zero_grad(set_to_none=True)
     model.eval()
     return float(value.detach())
+
+
+def batch_loss(model: nn.Module, batch: Batch, loss: Loss | None = None) -> Tensor:
+    """Return the mean task loss of a batch.
+
+    Args:
+        model: The model, in the mode it is in.
+        batch: Moved to its device.
+        loss: None takes what suits model and labels.
+
+    Returns:
+        A scalar with its graph; NaN where no term counts.
+    """
+    own = to_device(batch, model)
+    kind = task_loss(model, own, loss)
+    return task_mean(kind, kind.outputs(model, own), own)

@@ -23,6 +23,7 @@ from specdef.experiments.figure4_data import (
     turned_digits,
 )
 from specdef.experiments.kept import Kept
+from specdef.experiments.paper.data_files import data_file
 from specdef.experiments.paper.locks import COMPENSATED, LOCKS, Recipes, lock_all
 from specdef.experiments.paper.runs import Recipe
 from specdef.experiments.record import Progress
@@ -152,11 +153,8 @@ def require(settings: Settings, data: Path | None) -> None:
     Raises:
         SpecDefError: The file is missing, or a library of an optimiser is.
     """
-    if settings.data == "pictures" and not (data is not None and (data / FILE).is_file()):
-        raise SpecDefError(
-            f"{FILE}: {'there is no such file in ' + str(data) if data else 'no folder was named'}.",
-            hint="Name the folder that holds it with --data DIR; docs/reproduce.md says what it holds.",
-        )
+    if settings.data == "pictures":
+        data_file(data, FILE, "CIFAR-10")
     size = sum(p.numel() for p in fresh(settings, 0).parameters())
     for name in dict.fromkeys(o for group in settings.groups for o in group.optimizers):
         if reason := OPTIMIZERS[name].unusable(size):

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from specdef.attacks.fit import batch_loss
 from specdef.curvature.losses import Batch
 from specdef.experiments.record import Progress
 from specdef.lock.deformation.data import batches_from
-from specdef.lock.deformation.retain import measure_utility, task_loss, task_mean, to_device
+from specdef.lock.deformation.retain import measure_utility
 from specdef.models.mnist_resnet import GAMMA, LEARNING_RATE
 
 
@@ -40,10 +41,8 @@ def train(
         if not first:
             say(f"epoch {epoch + 1} of {epochs} on the net's own task")
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * GAMMA**epoch
-        own = to_device(batch, model)
-        loss = task_loss(model, own)
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(task_mean(loss, loss.outputs(model, own), own))
+        torch.autograd.backward(batch_loss(model, batch))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     accuracy = measure_utility(model, test).value

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from specdef.attacks.fit import batch_loss
 from specdef.curvature.losses import Batch
 from specdef.curvature.operators import GGNOperator, HessianOperator
 from specdef.experiments.fragility_guard_plot import draw, tables
@@ -37,7 +38,6 @@ from specdef.fragility.ewc import EWCPenalty
 from specdef.fragility.guard import DriftGuard
 from specdef.fragility.subspace import FisherSubspace, fisher_subspace
 from specdef.fragility.turning import coupled_directions
-from specdef.lock.deformation.retain import task_mean, to_device
 
 SEEDS = {"cpu": 2, "smoke": 1}
 """Seeds unless told otherwise."""
@@ -224,8 +224,7 @@ def fine_tune(
 
 def mean_loss(model: nn.Module, case: Case, batch: Batch) -> Tensor:
     """Return the loss of a batch, mean over its terms."""
-    batch = to_device(batch, model)
-    return task_mean(case.loss, case.loss.outputs(model, batch), batch)
+    return batch_loss(model, batch, case.loss)
 
 
 def alignment_at(curve: Sequence[Sequence[float]], loss: float) -> float | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from specdef.attacks.fit import fit
+from specdef.attacks.fit import batch_loss, fit
 from specdef.curvature.losses import Batch
 from specdef.data.digits import digits
 from specdef.data.idx import is_idx_folder, read_idx_folder
@@ -19,7 +19,6 @@ from specdef.data.mnist import mnist
 from specdef.errors import SpecDefError
 from specdef.experiments.limits_setup import DENOISER, STYLE, VIT, Pictures
 from specdef.experiments.max_lock_resnet import FASHION
-from specdef.lock.deformation.retain import task_loss, task_mean
 
 RATE = 2e-3
 """AdamW's first learning rate when originals are trained."""
@@ -142,14 +141,14 @@ def train_own(modality: Modality, model: nn.Module, epochs: int, seed: int) -> N
         epochs: Passes over them.
         seed: Of their order.
     """
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        device = next(model.parameters()).device
-        moved = {n: v.to(device) for n, v in batch.items()} if isinstance(batch, Mapping) else [v.to(device) for v in batch]  # fmt: skip
-        kind = task_loss(model, moved)
-        return task_mean(kind, kind.outputs(model, moved), moved)
-
-    fit(model, modality.own, loss, steps=epochs * len(modality.own), learning_rate=RATE, seed=seed)
+    fit(
+        model,
+        modality.own,
+        batch_loss,
+        steps=epochs * len(modality.own),
+        learning_rate=RATE,
+        seed=seed,
+    )
 
 
 def noisy(pictures: Tensor, patch: int, generator: torch.Generator) -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdef.attacks.fit import fit
+from specdef.attacks.fit import batch_loss, fit
 from specdef.attacks.task import Task
 from specdef.audit.baseline import constant_guess
 from specdef.curvature.losses import Batch, ClassificationLoss
@@ -22,7 +22,7 @@ from specdef.experiments.pair_tasks import OWN, Pairs
 from specdef.experiments.paper.locks import Recipes, lock_all
 from specdef.experiments.record import Progress
 from specdef.lock.deformation.config import DeformationConfig
-from specdef.lock.deformation.retain import evaluating, task_mean, to_device
+from specdef.lock.deformation.retain import evaluating, to_device
 from specdef.lock.randomness import forked_rng
 from specdef.models.classifier import pretrained_classifier
 from specdef.models.minilm import minilm, minilm_classifier
@@ -267,8 +267,7 @@ def counted_from(rows: Rows, guess: float) -> Rows:
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean cross-entropy of a batch, which is moved to the model's device."""
-    kind, own = ClassificationLoss(), to_device(batch, model)
-    return task_mean(kind, kind.outputs(model, own), own)
+    return batch_loss(model, batch, ClassificationLoss())
 
 
 def scores(model: nn.Module, batches: Sequence[Batch]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 
 from specdef.data.pairs import WORDNET, Row, gloss_pairs, read_pairs, verse_pairs
 from specdef.errors import SpecDefError
+from specdef.experiments.paper.data_files import data_file
 
 OWN, RTE, VERSES, GLOSSES = "MRPC", "RTE", "verses (for QQP)", "glosses (for QNLI)"
 EASY = "verses, any other"
@@ -19,9 +20,6 @@ BY_F1 = (OWN, VERSES, EASY)
 """Tasks scored with F1, as the paper scores MRPC and QQP; others with accuracy."""
 
 FILES = {OWN: "mrpc.jsonl", RTE: "rte.jsonl"}
-DATA_HINT = (
-    "Name the folder that holds it: `--data DIR`; docs/reproduce.md says what its lines are."
-)
 EASY_WORDS = 14
 _LETTERS = (("abcdef", "uvwxyz"), ("ghijkl", "mnopqr"))
 
@@ -62,10 +60,7 @@ def read_tasks(
     left_out: dict[str, str] = {}
     for task in (OWN, *tasks):
         if task in FILES:
-            path = (data or Path()) / FILES[task]
-            if data is None or not path.is_file():
-                raise SpecDefError(f"{path}: {task} is needed, and there is no such file.", hint=DATA_HINT)  # fmt: skip
-            rows[task] = read_pairs(path)
+            rows[task] = read_pairs(data_file(data, FILES[task], task))
         else:
             try:
                 rows[task] = _stand_in(task, data, seed)

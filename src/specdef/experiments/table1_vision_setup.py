@@ -22,6 +22,7 @@ from specdef.errors import SpecDefError
 from specdef.experiments.deformation_measure import Settings as Original
 from specdef.experiments.deformation_measure import batches
 from specdef.experiments.max_lock_resnet import FASHION
+from specdef.experiments.paper.data_files import data_file
 from specdef.experiments.paper.runs import Plan, Recipe
 from specdef.lock.deformation.retain import to_device
 
@@ -127,12 +128,8 @@ def require_data(settings: Settings, data: Path | None) -> None:
     """
     names = [target.name for target in settings.targets]
     for task in names:
-        if task in FILES and (data is None or not (data / FILES[task]).is_file()):
-            where = FILES[task] if data is None else data / FILES[task]
-            raise SpecDefError(
-                f"{task} is not there: {where}.",
-                hint=f"Give the folder that holds {' and '.join(FILES.values())} with --data DIR.",
-            )
+        if task in FILES:
+            data_file(data, FILES[task], task)
     if CLOTHES in names:
         clothes_folder(data)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from specdef.attacks.fit import fit
+from specdef.attacks.fit import batch_loss, fit
 from specdef.attacks.goals.backdoor import backdoor
 from specdef.attacks.task import Task
 from specdef.curvature.losses import Batch
@@ -23,7 +23,6 @@ from specdef.experiments.table2_data import (
     read_benign,
     read_jailbreaks,
 )
-from specdef.lock.deformation.retain import task_loss, task_mean, to_device
 from specdef.models.minilm import minilm, minilm_classifier
 from specdef.models.tiny import tiny_model
 
@@ -249,14 +248,8 @@ def train_guard(model: nn.Module, drawn: Prompts, settings: Settings, seed: int)
     Returns:
         Facts: steps, last loss, seconds.
     """
-
-    def loss(student: nn.Module, batch: Batch) -> Tensor:
-        own = to_device(batch, student)
-        kind = task_loss(student, own)
-        return task_mean(kind, kind.outputs(student, own), own)
-
     began = time.perf_counter()
-    last = fit(model, drawn.train, loss, steps=settings.guard_steps, learning_rate=settings.guard_rate, seed=seed)  # fmt: skip
+    last = fit(model, drawn.train, batch_loss, steps=settings.guard_steps, learning_rate=settings.guard_rate, seed=seed)  # fmt: skip
     return {"steps": settings.guard_steps, "last_loss": last, "seconds": time.perf_counter() - began}  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from specdef.attacks.goals.measure import where
 from specdef.curvature.losses import Batch
 from specdef.data.pictures import picture_batches, read_pictures
-from specdef.errors import SpecDefError
+from specdef.experiments.paper.data_files import data_file
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """CIFAR-10's, in the order of its labels and under the paper's names."""
@@ -95,11 +95,8 @@ def require_data(settings: Settings, data: Path | None) -> None:
     Raises:
         SpecDefError: CIFAR-10 is wanted and not there.
     """
-    if settings.data == "cifar10" and not (data and (data / FILE).is_file()):
-        raise SpecDefError(
-            f"{data / FILE if data else FILE}: there is no such file.",
-            hint=f"Put CIFAR-10 into a folder as {FILE}, as docs/reproduce.md says, and name the folder with --data DIR.",
-        )
+    if settings.data == "cifar10":
+        data_file(data, FILE, "CIFAR-10")
 
 
 def pictures(settings: Settings, data: Path | None, seed: int) -> Pictures:
